@@ -170,11 +170,11 @@ def parse_settings(cls, presets, doc, argv=None):
                                 help=text + (f": {', '.join(f.metadata['choices'])}" if f.metadata["choices"] else "") + f" (default: {default!r})")
     assert not defaults, f"the preset sets unknown settings: {sorted(defaults)}"
     settings = cls(**vars(parser.parse_args(argv)))
-    for f in fields(cls):                                                      # counts are never negative, and a few are never 0
+    for f in fields(cls):                                                      # numbers are never negative, and some (where the default is not 0) are never 0
         value = getattr(settings, f.name)
         if isinstance(value, (int, float)) and not isinstance(value, bool) and (value < 0 or not math.isfinite(value)):
             fail(f"--{f.name.replace('_', '-')} {value} is negative or not finite")
-        if f.name in ("batch_size", "image_size", "log_every", "save_every", "lr", "num") and value == 0:
+        if f.name in ("batch_size", "image_size", "log_every", "save_every", "lr", "num", "accumulate", "extract_batch") and f.default and value == 0:
             fail(f"--{f.name.replace('_', '-')} must be greater than 0")
     settings.out = settings.out or f"runs/{settings.preset}"
     return settings
