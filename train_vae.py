@@ -166,7 +166,8 @@ def parse_settings(cls, presets, doc, argv=None):
         elif isinstance(f.default, bool):
             parser.add_argument(flag, default=default, action=argparse.BooleanOptionalAction, help=f"{text} (default: {default})")
         else:
-            parser.add_argument(flag, default=default, type=type(f.default), choices=f.metadata["choices"], metavar=type(f.default).__name__.upper(),
+            kind = next(t for t in (int, float, str) if t.__name__ in str(f.type))   # the annotation: int, float, str, or str | None
+            parser.add_argument(flag, default=default, type=kind, choices=f.metadata["choices"], metavar=kind.__name__.upper(),
                                 help=text + (f": {', '.join(f.metadata['choices'])}" if f.metadata["choices"] else "") + f" (default: {default!r})")
     assert not defaults, f"the preset sets unknown settings: {sorted(defaults)}"
     settings = cls(**vars(parser.parse_args(argv)))
@@ -246,7 +247,7 @@ def torch_load(path):
     except FileNotFoundError:
         fail(f"{path} does not exist")
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-        fail(f"{path} cannot be read: truncated, or not a file of tensors only ({str(error).splitlines()[0][:120]})")
+        fail(f"{path} cannot be read: truncated, or not a file of tensors only ({(str(error).splitlines() or ['empty'])[0][:120]})")
 
 
 def load_checkpoint(path, stage, hint):
@@ -546,7 +547,7 @@ def center_crop(image, size):
     return np.array(image.crop((left, top, left + size, top + size)))
 
 
-SHAPES_TRAIN, SHAPES_TEST = 12_000, 2_000                                      # built-in images: test indices follow the training ones
+SHAPES_TRAIN, SHAPES_TEST = 10_000, 2_000                                      # built-in images: test indices follow the training ones
 
 
 class Images(Dataset):
@@ -829,6 +830,8 @@ def build(s, images, world):
     f = 2 ** (len(SPECS[s.spec]["ch_mult"]) - 1)
     if s.image_size % f:
         fail(f"--image-size {s.image_size} is not divisible by the downsampling rate {f} of --spec {s.spec}")
+    if s.disc_weight and s.image_size < 24:
+        fail(f"--image-size {s.image_size} is too small for the discriminator, which needs 24 pixels; use --disc-weight 0 to train without")
     if s.vf != "none" and not (s.mcos or s.mdms):
         fail("--no-mcos --no-mdms leave nothing of VF loss; use --vf none")
     foundation = None
