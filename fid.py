@@ -12,9 +12,11 @@ rebuilt here in PyTorch.
 Numbers in the features of the small ScoreNet of preset mini are called mini-FID, mini-rFID, ...: they can be compared with each other over the same
 training images, and never with an FID.
 """
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")                            # before torch is loaded; see train_vae.py
 import hashlib
 import json
-import os
 import sys
 import zipfile
 from concurrent.futures import ThreadPoolExecutor

@@ -14,9 +14,11 @@ How to read it, top to bottom:
     torchrun --nproc_per_node=8 sample.py --preset imagenet256   50,000 images on 8 GPUs
     python sample.py --preset official-800ep                     the authors' weights, the eight images of their README
 """
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")                            # before torch is loaded; see train_vae.py
 import hashlib
 import json
-import os
 import shutil
 import time
 import zipfile

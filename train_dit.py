@@ -14,6 +14,9 @@ Convention (the authors'): t = 0 is noise, t = 1 is data, x_t = t x1 + (1 - t) x
     python train_dit.py                                      preset mini, on runs/mini/vae.pt
     torchrun --nproc_per_node=8 train_dit.py --preset lightningdit-xl-64ep --vae VAE --data DIR
 """
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")                            # before torch is loaded; see train_vae.py
 import contextlib
 import copy
 import json

@@ -263,9 +263,10 @@ class BatchNorm(nn.BatchNorm2d):
     def forward(self, x):
         if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
             return super().forward(x)
-        moments = torch.stack([x.mean((0, 2, 3)), (x * x).mean((0, 2, 3))]) / dist.get_world_size()   # (2, C)
-        mean, square = dist_nn.all_reduce(moments)     # differentiable: gradients flow back to every process
-        var, n = square - mean ** 2, dist.get_world_size() * x.numel() / x.shape[1]
+        size, dims = dist.get_world_size(), (0, 2, 3)                          # all_reduce is differentiable: gradients flow back to every process
+        mean = dist_nn.all_reduce(x.mean(dims) / size)                         # (C,)
+        var = dist_nn.all_reduce((x - mean[:, None, None]).square().mean(dims) / size)   # not mean(x^2) - mean^2, which can be negative in fp32
+        n = size * x.numel() / x.shape[1]
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)

@@ -125,8 +125,7 @@ def load_timm(name, grid):
     config = timm.models.get_pretrained_cfg(model)
     weights = hub_file(f"https://huggingface.co/timm/{model}/resolve/main/model.safetensors", name=f"{model}.safetensors")
     patch = 14 if "patch14" in model else 16
-    # SAM's ViT is built for one size; the other two interpolate their position embedding to any.
-    size = dict(img_size=(grid[0] * patch, grid[1] * patch)) if name == "sam" else dict(dynamic_img_size=True)
+    size = {} if name == "sam" else dict(dynamic_img_size=True)               # any image size: SAM's ViT can always, the others when told so
     net = timm.create_model(model, pretrained=True, pretrained_cfg_overlay=dict(file=str(weights)), **size)
 
     def tokens(net, x):
