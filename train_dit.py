@@ -106,7 +106,7 @@ LADDER = [
     ("+ patch size = 1 & VA-VAE", dict(patch_size=1, tokenizer_spec="f16d32", latent_norm="channel"), 4.29),
 ]
 # Ours, for two CPU cores: 8x8 latents of the miniature tokenizer.
-MINI = dict(size="mini", batch_size=64, lr=1e-3, ema=0.995, steps=700, workers=0, log_every=25, save_every=100, sample_every=200)
+MINI = dict(size="mini-S", batch_size=64, lr=2e-3, ema=0.995, steps=1500, workers=0, log_every=25, save_every=100, sample_every=200)
 # The same ladder at small scale: the same tricks, the same factors of batch and rate. Its tokenizers are miniatures too, so the last step is patch 1
 # (with --vae of a tokenizer trained with VF loss, as in the paper).
 MINI_LADDER = [dict(LADDER[0][1], tokenizer_spec="", latent_norm="channel", batch_size=16, lr=5e-4, epochs=64.0), dict(objective="flow"),
@@ -138,8 +138,9 @@ PAPER_FID = {f"table1-{i}": fid for i, (_, _, fid) in enumerate(LADDER)}
 
 
 # --- Latents [Sec. 5.1] ---------------------------------------------------------------------------------------------------------------------------
-# Stored as float16. Measured on the latents of preset mini: the rounding error is 2.1e-4 of a channel's std (rms), the posterior's own noise, added on
-# purpose, is 0.1 to 1 of it; bfloat16 would cost 1.7e-3, float32 twice the disk: ImageNet's 1,281,167 x 2 latents of 32x16x16 are 42 GB instead of 84.
+# Stored as float16. Measured on 500 latents of mini-f4d16 (450 steps): rounding moves a latent by 2.2e-4 of its channel's std (rms) and a decoded pixel by
+# at most 5e-4 of a range of 2, while the posterior's own noise, added on purpose, is 0.07 of it. bfloat16: 1.8e-3 and 4e-3. float32 doubles the disk:
+# ImageNet's 1,281,167 x 2 latents of 32x16x16 are 84 GB instead of 42.
 STORED = np.float16
 
 
