@@ -56,7 +56,7 @@ class Settings:
     data: str | None = opt(None, "data set: its test images are reconstructed, its training images are the reference (default: the run's own)")
     image_size: int | None = opt(None, "pixels; images are centre-cropped to it as in training (default: the run's own)")
     seed: int = opt(1000, "ScoreNet's seed (another one than the VF teacher's), posterior samples and positions")
-    steps: int = opt(500, "training steps of ScoreNet, the network behind every mini- score")
+    steps: int = opt(400, "training steps of ScoreNet, the network behind every mini- score")
     batch_size: int = opt(100, "images a batch when features are extracted")
     device: str = opt("auto", "where to compute", choices=("auto", "cpu", "cuda"))
     uniformity: str = opt("", "instead: latent vectors (N, d) as .npy or .pt, or a latents folder, for Table 6")

@@ -52,7 +52,7 @@ class Settings:
     image_size: int = opt(0, "pixels; may repeat the checkpoint's, likewise", same=False)
     # what to draw
     seed: int = opt(0, "sample i is a function of (seed, i) alone")
-    num: int = opt(2000, "number of images (under torchrun write -- before sample.py, or torchrun takes --num for its own --numa-binding)")
+    num: int = opt(1000, "number of images (under torchrun write -- before sample.py, or torchrun takes --num for its own --numa-binding)")
     batch_size: int = opt(100, "images in one forward pass, twice that under guidance; whole batches are dealt to processes and, on CPU, to cores")
     labels: str = opt("balanced", "balanced (image i has class i mod classes), random (uniform), or a list like 3,207,388 that is repeated")
     weights: str = opt("ema", "which weights of a run's dit.pt", choices=("ema", "model"))
@@ -61,7 +61,7 @@ class Settings:
                           choices=("euler", "heun", "dopri5"))
     steps: int = opt(50, "points of the time grid, counted as in the authors' code: 250 points are 249 evaluations of euler, 498 of heun")
     shift: float = opt(1.0, "timestep shift s of the grid, t' = s t / (1 + (s - 1) t): below 1 more points near noise, 1 = none")
-    cfg_scale: float = opt(1.5, "guidance w in v_null + w (v_class - v_null); 1 = none")
+    cfg_scale: float = opt(2.0, "guidance w in v_null + w (v_class - v_null); 1 = none")
     cfg_interval_start: float = opt(0.0, "guidance acts for t >= this; below, near noise, the unconditional half is not computed")
     cfg_channels: int = opt(0, "guide the first k latent channels only; 0 = all")
     # conduct

@@ -26,6 +26,7 @@ import math
 import pickle
 import resource
 import signal
+import struct
 import sys
 import time
 from collections import namedtuple
@@ -102,8 +103,8 @@ class Settings:
 
 # Ours, for two CPU cores. VF loss as in the second stage of the authors' long recipe (weight 0.1, margins 0); no LPIPS, which needs a
 # download. (Weight 0.5, as in their first stage, holds the reconstruction back: L1 0.228 instead of 0.163 after 450 steps, measured.)
-MINI = dict(data="shapes", image_size=32, spec="mini-f4d16", vf="mini", lpips_weight=0.0, disc_start=700, cos_margin=0.0, mdms_margin=0.0,
-            teacher_steps=300, batch_size=16, lr=1e-3, steps=900, workers=0, log_every=25, save_every=100)
+MINI = dict(data="shapes", image_size=32, spec="mini-f4d4", vf="mini", lpips_weight=0.0, disc_start=600, cos_margin=0.0, mdms_margin=0.0,
+            teacher_steps=250, batch_size=16, lr=1e-3, steps=700, workers=0, log_every=25, save_every=100)
 NO_VF = dict(vf="none")
 NO_MARGIN = dict(cos_margin=0.0, mdms_margin=0.0)
 # "when we use a single loss individually, we halve the hyper weight to ensure a fair comparison" [Sec. 6.3]
@@ -235,11 +236,14 @@ def atomic_write(path, write):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as f:
-        write(f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)                                      # left over only if write() failed
 
 
 def save_checkpoint(state, path):
@@ -252,7 +256,7 @@ def torch_load(path):
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         fail(f"{path} does not exist")
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+    except (RuntimeError, EOFError, OSError, LookupError, ValueError, struct.error, pickle.UnpicklingError) as error:   # torch.load's ways to fail
         fail(f"{path} cannot be read: truncated, or not a file of tensors only ({(str(error).splitlines() or ['empty'])[0][:120]})")
 
 
@@ -298,13 +302,14 @@ def read_released_tokenizer(path):
     """
     state = torch_load(path)
     state = state.get("state_dict", state) if isinstance(state, dict) else {}
+    state = state if isinstance(state, dict) else {}
     weights = {k: v for k, v in state.items() if torch.is_tensor(v) and not k.startswith(TRAINING_ONLY)}
-    dropped = {k.split(".")[0] for k in state} - {k.split(".")[0] for k in weights}
-    if dropped:
-        print(f"{path}: left out the training-only keys {', '.join(f'{k}.*' for k in sorted(dropped))}")
     shapes = {k: tuple(v.shape) for k, v in weights.items()}
     for spec in SPECS.values():
         if shapes == expected_shapes(spec):
+            dropped = sorted({prefix for prefix in TRAINING_ONLY for k in state if k.startswith(prefix)})
+            if dropped:
+                print(f"{path}: left out the training-only keys {', '.join(f'{prefix}*' for prefix in dropped)}")
             return spec, weights
     expected = expected_shapes(SPECS["f16d32"])
     wrong = [f"{k}: {shapes.get(k, 'missing')} in the file, {expected.get(k, 'no such weight')} in f16d32"
@@ -327,6 +332,9 @@ def load_tokenizer(path, device, hint="run python train_vae.py first, or name on
         state = {"stage": "vae", "step": 0, "settings": {}, "spec": spec, "state_dict": weights}
     elif state["stage"] != "vae":
         fail(f"{path} is a checkpoint of another kind ({state['stage']}, not vae): {hint}")
+    elif not {"spec", "settings", "state_dict", "step"} <= state.keys() or \
+            expected_shapes(state["spec"]) != {k: tuple(v.shape) for k, v in state["state_dict"].items()}:
+        fail(f"{path} is damaged: its weights are not those of the tokenizer that it says it holds")
     vae = AutoencoderKL(**state["spec"])
     vae.load_state_dict(state["state_dict"])
     return vae.to(device).eval().requires_grad_(False), state
@@ -677,7 +685,8 @@ def loader(batches, start, stop, workers, device):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     return DataLoader(batches, batch_size=None, sampler=range(start, stop), num_workers=workers, pin_memory=device.type == "cuda",
-                      worker_init_fn=worker, prefetch_factor=4 if workers else None)
+                      worker_init_fn=worker, prefetch_factor=4 if workers else None,
+                      multiprocessing_context="fork" if workers else None)     # Python 3.14's default would have to pickle memory maps
 
 
 # --- The training step ------------------------------------------------------------------------------------------------------------------------------
