@@ -442,7 +442,7 @@ def merge(path, parts, identity):
     atomic_write(path, write)
     saved = 1 - sum(mean) / (2 * mean[0])
     print(f"{path}: {len(labels)} images; evaluations per image: {mean[0]:g} conditional, {mean[1]:g} unconditional"
-          + (f" ({saved:.1%} of the network evaluations saved by the guidance interval)" if mean[1] else ""))
+          + (f" ({saved:.1%} of the network evaluations saved by the guidance interval)" if mean[1] and saved else ""))
 
 
 def stream(path):

@@ -13,6 +13,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_vf_loss import HUBCONF
+
+from vf_loss import DINOV2_COMMIT
 
 ROOT = Path(__file__).resolve().parent.parent
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
@@ -117,6 +120,23 @@ def test_chain_on_image_folder(tokenizer_run, dit_run):
     rows = read_csv(out / "metrics_vae.csv")
     assert [row["step"] for row in rows] == list(range(1, 10))
     assert rows[3]["d"] == 0 and rows[4]["d"] > 0                              # --disc-start 4: batches 0 to 3 without it
+
+
+def test_tokenizer_without_vf_loss_and_with_dinov2_from_a_filled_cache(photos, tmp_path):
+    """The real torch.hub call of a user without a network: the repository at the pinned commit and random weights lie in TORCH_HOME."""
+    hub = tmp_path / "torch" / "hub"
+    repository = hub / f"facebookresearch_dinov2_{DINOV2_COMMIT}"
+    repository.mkdir(parents=True)
+    (repository / "hubconf.py").write_text(HUBCONF)
+    (hub / "checkpoints").mkdir()
+    torch.save({"patch_embed.weight": torch.randn(24, 3, 14, 14), "patch_embed.bias": torch.randn(24), "cls_token": torch.randn(1, 1, 24)},
+               hub / "checkpoints" / "dinov2_vits14_pretrain.pth")
+    env = {**ENV, "TORCH_HOME": str(tmp_path / "torch")}
+    for vf, active in (("dinov2-s", True), ("none", False)):
+        run("train_vae.py", "--data", photos, "--out", tmp_path / vf, "--steps", 2, *SMALL_VAE, "--vf", vf, env=env)
+        assert all((row["mcos"] > 0 and row["w_vf"] > 0) == active for row in read_csv(tmp_path / vf / "metrics_vae.csv"))
+        state = torch.load(tmp_path / vf / "vae.pt", weights_only=True)
+        assert ("linear_proj" in state) == active and not any("foundation" in key for key in state)
 
 
 # --- Resume: bit for bit ----------------------------------------------------------------------------------------------------------------------------
