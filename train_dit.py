@@ -34,8 +34,9 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from dit import SIZES, LightningDiT
-from train_vae import (Finite, Images, Metrics, Stop, World, atomic_write, average, batch_indices, fingerprint, load_tokenizer, loader, opt, peak_memory,
-                       resume, run_script, save_checkpoint, save_grid, share, step_generator, to_float, torch_load)
+from train_vae import (Finite, Images, Metrics, Stop, World, atomic_write, average, batch_indices, fingerprint, first_alone, load_optimizer,
+                       load_tokenizer, loader, opt, peak_memory, resume, run_script, save_checkpoint, save_grid, share, step_generator, to_float,
+                       torch_load)
 from vae import SPECS, autocast, fail
 
 
@@ -124,8 +125,8 @@ def ladder(start, changes):
 PRESETS = {
     "mini": MINI,
     "imagenet256": {},
-    "lightningdit-xl-64ep": {},                                                # Table 3: gFID 5.14, with guidance 2.11; 80,000 steps
-    "lightningdit-xl-800ep": dict(epochs=800.0, uniform_from_epoch=480.0),     # Table 3: gFID 2.17, with guidance 1.35; 1,000,000 steps
+    "lightningdit-xl-64ep": {},                                                # Table 3: gFID 5.14, with guidance 2.11; 80,073 steps
+    "lightningdit-xl-800ep": dict(epochs=800.0, uniform_from_epoch=480.0),     # Table 3: gFID 2.17, with guidance 1.35; 1,000,912 steps
     "lightningdit-b": dict(size="B", epochs=160.0),                            # Table 2: FID-10K 15.82 on VA-VAE f16d32 (DINOv2)
     "lightningdit-l": dict(size="L", epochs=80.0),                             # Table 2: 9.82
     "lightningdit-xl": dict(size="XL", epochs=80.0),                           # Table 2: 8.22
@@ -149,12 +150,13 @@ def extract(s, world, vae, state, folder):
 
     latents.npy (N, 2, d, h, w) float16, [i, 0] plain and [i, 1] flipped; labels.npy (N,); done.npy, one flag a chunk of extract_batch images; latents.json,
     written last: tokenizer fingerprint, classes, statistics over all latents. The noise is a function of (seed, chunk), so neither an interruption nor the
-    number of processes changes a bit.
+    number of processes changes a bit (on a CPU; on CUDA within its rounding).
     """
     data, size = s.data or state["settings"].get("data", ""), s.image_size or state["settings"].get("image_size", 256)
     if not data:
         fail(f"the tokenizer {s.vae} does not say which images it was trained on: name them with --data")
-    images = Images(data, "train", size, s.seed)
+    with first_alone(world):
+        images = Images(data, "train", size, s.seed)
     n, shape = len(images), (vae.embed_dim, size // vae.f, size // vae.f)
     if size % vae.f:
         fail(f"--image-size {size} is not divisible by the tokenizer's downsampling rate {vae.f}")
@@ -396,6 +398,8 @@ class Run:
         # [Table 1, + AdamW beta2 = 0.95]; no weight decay and no warm-up (the authors' code)
         self.opt = torch.optim.AdamW(self.params, s.lr, betas=(0.9, s.beta2), weight_decay=0.0, fused=world.device.type == "cuda")
         self.ddp = DistributedDataParallel(self.model, gradient_as_bucket_view=True) if world.size > 1 else self.model
+        if s.compile and s.checkpointing:
+            torch._dynamo.config.optimize_ddp = False                          # it cuts the graph at its buckets and cannot cut a checkpointed block
         self.net = torch.compile(self.ddp) if s.compile else self.ddp          # [Sec. 4]: "torch.compile and bfloat16 training"
 
     def step(self, x1, y, t, x0, drop, want_norm):
@@ -414,7 +418,8 @@ class Run:
             found.append({k: v.detach() for k, v in terms.items()})
         norm = torch.nn.utils.clip_grad_norm_(self.params, s.grad_clip or math.inf) if s.grad_clip or want_norm else None
         self.opt.step()
-        torch._foreach_lerp_(self.averages, self.params, 1 - s.ema)            # ema = ema + (1 - decay) (weights - ema), all tensors in one sweep
+        with torch.no_grad():
+            torch._foreach_lerp_(self.averages, self.params, 1 - s.ema)        # ema = ema + (1 - decay) (weights - ema), all tensors in one sweep
         return {k: torch.cat([part[k] for part in found]) for k in found[0]}, norm
 
 
@@ -439,7 +444,7 @@ def preview(run, vae, latents, scale_shift, path, columns=4, steps=25, guidance=
 
 
 def train(s, world):
-    """The loop: every step is a function of (settings, step), so a run that is killed and resumed is the run that was not."""
+    """The loop: every step is a function of (settings, step), so a run that is killed and resumed is the run that was not (on a CPU bit for bit)."""
     path, part = Path(s.out) / "dit.pt", share(world, s.batch_size)
     if (part.stop - part.start) % s.accumulate:
         fail(f"--accumulate {s.accumulate} does not divide the {part.stop - part.start} latents of each process")
@@ -456,7 +461,7 @@ def train(s, world):
             fail(f"{path} was trained on the latents of another tokenizer than {s.vae}; name that one with --vae, or start over with --fresh")
         run.model.load_state_dict(state["model"])
         run.ema.load_state_dict(state["ema"])
-        run.opt.load_state_dict(state["optimizer"])
+        load_optimizer(run.opt, state["optimizer"], world.device)
     # normalised latent = (z - mean) / std. SD-VAE's z * 0.18215 is the same formula with mean 0, std 1 / 0.18215.
     mean, std = (latents.mean, latents.std) if s.latent_norm == "channel" else (torch.zeros(1, 1, 1, 1), torch.full((1, 1, 1, 1), 1 / 0.18215))
     scale_shift = mean.to(world.device), std.to(world.device)
@@ -464,7 +469,7 @@ def train(s, world):
     advice = "ways out: --qknorm, --grad-clip 1, a smaller --lr"
 
     def save():
-        finite.check(path, advice)
+        finite.check(path, advice, run.params)
         if world.rank == 0:
             save_checkpoint({"stage": "dit", "step": step, "total_steps": total, "settings": asdict(s), "arch": arch, "objective": s.objective,
                              "model": run.model.state_dict(), "ema": run.ema.state_dict(), "optimizer": run.opt.state_dict(),

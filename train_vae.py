@@ -19,6 +19,7 @@ import os
 # cores beside one other process 4.3 s spinning, 0.69 s sleeping); on an idle one it makes no difference.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import argparse
+import contextlib
 import csv
 import hashlib
 import json
@@ -39,6 +40,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+import torch._functorch.config
 import torchvision
 from PIL import Image, UnidentifiedImageError
 from torch.nn.parallel import DistributedDataParallel
@@ -61,7 +63,7 @@ class Settings:
     preset: str = opt("imagenet256", "named settings; every other flag overrides one of them", same=False)
     # images
     data: str = opt("imagenet", "shapes (drawn by the code), cifar10, fashion-mnist, imagenette (torchvision, kept in ./data), or a folder DIR/<class>/"
-                    "*.jpg, split by DIR/train and DIR/val if they exist, else every tenth image of a class is a test image")
+                    "*.jpg, split by DIR/train and DIR/val if they exist, else every tenth image is a test image")
     image_size: int = opt(256, "side of the square image in pixels; ADM's centre crop")
     # the network [Sec. 3]
     spec: str = opt("f16d32", "tokenizer: downsampling rate f, latent dimension d", choices=tuple(SPECS))
@@ -87,7 +89,7 @@ class Settings:
     epochs: float = opt(50.0, "passes over the training images [Sec. 6.2]")
     stages: str = opt("", "the long recipe: EPOCHS:W_HYPER:M1:M2:DISC_START, one a stage, joined by commas; replaces the five flags of these names")
     steps: int = opt(0, "training steps; 0: as many as the epochs make")
-    # conduct: nothing below changes what is learned, except the seed
+    # conduct: of what stands below, only seed and precision change what is learned
     seed: int = opt(0, "seed of weights, order of images and noise")
     out: str = opt("", "folder of the run; default runs/<preset>", same=False)
     device: str = opt("auto", "auto: CUDA if there is one", choices=("auto", "cuda", "cpu"), same=False)
@@ -214,6 +216,26 @@ def share(world, batch_size):
         fail(f"--batch-size {batch_size} is not divisible by the {world.size} processes")
     part = batch_size // world.size
     return slice(world.rank * part, (world.rank + 1) * part)
+
+
+@contextlib.contextmanager
+def first_alone(world):
+    """The first process of each node goes through the block alone (it downloads what is missing), then the others (they find it)."""
+    others = world.size > 1 and int(os.environ.get("LOCAL_RANK", world.rank)) > 0
+    if others:
+        dist.barrier()
+    yield
+    if world.size > 1 and not others:
+        dist.barrier()
+
+
+def load_optimizer(optimizer, state, device):
+    """Restore an optimizer, on another kind of device too: fused as that device wants it, moments in the memory layout of their weights."""
+    optimizer.load_state_dict(state)
+    for group in optimizer.param_groups:
+        group["fused"] = device.type == "cuda"
+    for weight, moments in optimizer.state.items():
+        moments.update({k: torch.empty_like(weight).copy_(v) for k, v in moments.items() if v.shape == weight.shape})
 
 
 def average(world, tensor):
@@ -349,14 +371,13 @@ class Metrics:
         if world.rank:
             return
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        rows = []
+        lines = []
         if step and Path(path).exists():                                       # lines after the checkpoint will be written again
-            with open(path, newline="") as f:
-                rows = [row for row in csv.reader(f)]
-            rows = rows[:1] + [row for row in rows[1:] if row and row[0].isdigit() and int(row[0]) <= step]
-        self.file, self.header = open(path, "w", newline=""), rows[0] if rows else None
-        self.csv = csv.writer(self.file)
-        self.csv.writerows(rows)
+            lines = Path(path).read_text().splitlines()
+            lines = lines[:1] + [line for line in lines[1:] if line.split(",")[0].isdigit() and int(line.split(",")[0]) <= step]
+        atomic_write(path, lambda f: f.write("".join(line + "\n" for line in lines).encode()))
+        self.file, self.header = open(path, "a", newline=""), lines[0].split(",") if lines else None
+        self.csv = csv.writer(self.file, lineterminator="\n")
         try:
             from torch.utils.tensorboard import SummaryWriter
             self.board = SummaryWriter(str(Path(path).parent / "tensorboard"), purge_step=step)
@@ -408,12 +429,14 @@ class Finite:
             bad = self.bad.setdefault(name, torch.full((), -1, dtype=torch.int64, device=self.device))
             bad.copy_(torch.where((bad < 0) & ~torch.isfinite(value.detach()), step, bad))
 
-    def check(self, path, advice):
-        """Fails if a watched term was not finite. Called before every save, so the checkpoint at `path` is the last good one."""
+    def check(self, path, advice, weights=()):
+        """Fails if a watched term, or one of the weights, is not finite. Called before every save, with the weights, so `path` keeps the last good ones."""
         steps = {name: int(bad) for name, bad in self.bad.items() if int(bad) >= 0}
         if steps:
             name = min(steps, key=steps.get)
             fail(f"{name} is not finite at step {steps[name]}; {advice}; the last good checkpoint, if there is one, is {path}")
+        if weights and not torch.stack([torch.isfinite(w).all() for w in weights]).all():   # the loss was finite, its gradient was not
+            fail(f"a weight is not finite after the last step; {advice}; the last good checkpoint, if there is one, is {path}")
 
 
 def peak_memory(device):
@@ -616,14 +639,10 @@ class Images(Dataset):
             raise DataError(f"--data {data}: {error}") from error
         if folder != Path(data):
             return source, None
-        # A folder without a split of its own: every tenth image of a class is a test image.
-        counts, index = {}, []
-        for i, label in enumerate(source.targets):
-            counts[label] = counts.get(label, -1) + 1
-            if (counts[label] % 10 == 9) != train:
-                index.append(i)
+        # A folder without a split of its own: every tenth image, counted over all classes, is a test image.
+        index = [i for i in range(len(source)) if (i % 10 != 9) == train]
         if not index:
-            raise DataError(f"--data {data} has fewer than 10 images in every class, too few to split; give it folders train and val")
+            raise DataError(f"--data {data} has {len(source)} images, too few to split (10 or more); give it folders train and val")
         return source, index
 
     def __len__(self):
@@ -681,9 +700,9 @@ class ImageBatches(Dataset):
 
 def loader(batches, start, stop, workers, device):
     """Iterate batches[start], ..., batches[stop - 1], read ahead by `workers` processes (0: in this one)."""
-    def worker(_):                                                             # a stop signal is the parent's business
+    def worker(_):                                                             # a stop signal to the whole group is the parent's business
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     return DataLoader(batches, batch_size=None, sampler=range(start, stop), num_workers=workers, pin_memory=device.type == "cuda",
                       worker_init_fn=worker, prefetch_factor=4 if workers else None,
                       multiprocessing_context="fork" if workers else None)     # Python 3.14's default would have to pickle memory maps
@@ -720,7 +739,8 @@ def train_step(run, x, noise, stage, batch):
 
     The graph is cut at x_hat: each loss on the image is differentiated down to x_hat once (through VGG and the discriminator), and from there on a
     loss stands for its gradient, since d/dw sum(x_hat * grad) = d(loss)/dw. So Eq. 4 never walks through VGG again, the discriminator's gradient
-    costs no second pass through the decoder, and what is left of Eq. 4 is one pass through the decoder that computes no weight gradients.
+    costs no second pass through the decoder, and what is left of Eq. 4 is one pass through the decoder that computes no weight gradients (eagerly; a
+    compiled decoder's backward is one piece and computes them all).
     """
     s, vae = run.settings, run.tokenizer.vae
     with autocast(x, s.precision == "bf16"):
@@ -792,8 +812,9 @@ def mini_teacher(s, images, f, world):
     key = dict(data=s.data, image_size=s.image_size, seed=s.seed, steps=s.teacher_steps, f=f)
     if world.rank == 0 and not (path.exists() and not s.fresh and torch_load(path)["key"] == key):
         torch.manual_seed(s.seed + 1)
-        everything = images.memory if images.memory is not None else torch.stack([images[i] for i in range(min(len(images), 50_000))])
-        net = train_classifier(MiniTeacher(len(images.classes), f), everything, images.labels, s.teacher_steps, s.seed + 1, world.device, "stand-in teacher")
+        chosen = epoch_order(len(images), s.seed, 0)[:50_000]                  # a folder is sorted by class: not simply the first ones
+        everything = images.memory[chosen] if images.memory is not None else torch.stack([images[i] for i in chosen.tolist()])
+        net = train_classifier(MiniTeacher(len(images.classes), f), everything, images.labels[chosen], s.teacher_steps, s.seed + 1, world.device, "stand-in teacher")
         save_checkpoint({"stage": "teacher", "key": key, "state_dict": net.state_dict()}, path)
     if world.size > 1:
         dist.barrier()
@@ -810,7 +831,8 @@ class Run:
         self.settings, self.foundation = s, foundation
         vae = AutoencoderKL(**SPECS[s.spec])
         self.tokenizer = Tokenizer(vae, foundation.width if foundation is not None else 0).to(device)
-        self.lpips = LPIPS(pretrained).to(device) if s.lpips_weight else None
+        with first_alone(world):
+            self.lpips = LPIPS(pretrained).to(device) if s.lpips_weight else None
         self.disc = PatchDiscriminator().to(device) if s.disc_weight else None
         if device.type == "cuda":
             for net in (self.tokenizer, self.lpips, self.disc):
@@ -838,7 +860,10 @@ class Run:
     def load(self, state):
         self.tokenizer.vae.load_state_dict(state["state_dict"])
         for name, part in self.parts().items():
-            part.load_state_dict(state[name])
+            if isinstance(part, torch.optim.Optimizer):
+                load_optimizer(part, state[name], next(self.tokenizer.parameters()).device)
+            else:
+                part.load_state_dict(state[name])
 
 
 def build(s, images, world):
@@ -853,7 +878,8 @@ def build(s, images, world):
     foundation = None
     if s.vf != "none":
         mini = mini_teacher(s, images, f, world) if s.vf == "mini" else None
-        foundation = load_foundation_model(s.vf, (s.image_size // f,) * 2, s.vf_input, mini).to(world.device)
+        with first_alone(world):
+            foundation = load_foundation_model(s.vf, (s.image_size // f,) * 2, s.vf_input, mini).to(world.device)
     run = Run(s, world, foundation)
     if s.init:
         spec, weights = read_released_tokenizer(s.init)
@@ -875,12 +901,13 @@ def save_reconstructions(vae, images, path, device, n=8):
 
 
 def train(s, world):
-    """The loop: every step is a function of (settings, step), so a run that is killed and resumed is the run that was not."""
+    """The loop: every step is a function of (settings, step), so a run that is killed and resumed is the run that was not (on a CPU bit for bit)."""
     path, part = Path(s.out) / "vae.pt", share(world, s.batch_size)
     state = resume(path, "vae", s, world)
     if state and state["step"] == state["total_steps"]:
         return print(f"{path} is finished ({state['step']} steps); --fresh starts over, another --out keeps it")
-    images, test = (Images(s.data, split, s.image_size, s.seed) for split in ("train", "test"))
+    with first_alone(world):
+        images, test = (Images(s.data, split, s.image_size, s.seed) for split in ("train", "test"))
     stages = schedule(s, len(images))
     total, step = sum(stage.steps for stage in stages), state["step"] if state else 0
     run = build(s, images, world)
@@ -891,7 +918,7 @@ def train(s, world):
     latent = (vae.embed_dim, s.image_size // vae.f, s.image_size // vae.f)
 
     def save():
-        finite.check(path, "try a smaller --lr, or --precision fp32")
+        finite.check(path, "try a smaller --lr, or --precision fp32", list(run.tokenizer.parameters()))
         if world.rank == 0:
             save_checkpoint({"stage": "vae", "step": step, "total_steps": total, "settings": asdict(s), "spec": SPECS[s.spec],
                              "classes": images.classes, "num_classes": len(images.classes), **run.state()}, path)
@@ -901,7 +928,7 @@ def train(s, world):
               f"{total} steps of {s.batch_size} = {total * s.batch_size / len(images):.1f} epochs; from step {step}")
     batches = loader(ImageBatches(images, s.batch_size, s.seed, part), step, total, 0 if images.memory is not None else s.workers, world.device)
     bar = tqdm(batches, initial=step, total=total, desc="tokenizer", unit="step", disable=world.rank > 0)
-    clock, ends = time.time(), np.cumsum([stage.steps for stage in stages])
+    clock, clock_step, ends = time.time(), step, np.cumsum([stage.steps for stage in stages])
     for x in bar:
         k = int(np.searchsorted(ends, step, side="right"))                     # the stage, and the batch within it
         x = to_float(x.to(world.device, non_blocking=True))                    # (b, 3, S, S) in [-1, 1]
@@ -914,7 +941,7 @@ def train(s, world):
             finite.check(path, "try a smaller --lr, or --precision fp32")
             values = {**terms, **posterior_health(*posterior)}
             numbers = average(world, torch.stack([v.float() for v in values.values()])).tolist()
-            speed, clock = s.batch_size * s.log_every / (time.time() - clock), time.time()
+            speed, clock, clock_step = s.batch_size * (step - clock_step) / (time.time() - clock), time.time(), step
             log = dict.fromkeys(("rec", "l1", "kl", "g", "d", "w_disc", "mcos", "mdms", "w_vf"), 0.0) | dict(zip(values, numbers))
             metrics.write(step, epoch=step * s.batch_size / len(images), stage=k + 1, **log, images_per_s=speed, memory_gib=peak_memory(world.device))
             bar.set_postfix(rec=f"{log['rec']:.0f}", l1=f"{log['l1']:.3f}", vf=f"{log['mcos'] + log['mdms']:.3f}", img_s=f"{speed:.0f}")
@@ -976,6 +1003,8 @@ def bench(s, world, steps=10):
         if vf != "none":
             net = MiniTeacher(10, f)
             foundation = (load_foundation_model("mini", mini=net) if vf == "mini" else dinov2_shaped(s.image_size, f)).to(world.device)
+        if world.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         run, marks = Run(s, world, foundation, pretrained=False), []
         for _ in tqdm(range(steps + 3), desc=f"bench, VF loss {vf}", unit="step", disable=world.rank > 0):
             train_step(run, x, noise, Stage(1, s.vf_weight, s.cos_margin, s.mdms_margin, 0), 0)
@@ -993,6 +1022,8 @@ def bench(s, world, steps=10):
 def run_script(cls, presets, doc, work):
     """Parse, set up, work, and turn what the user can mend into one line: bad images, a batch too big for memory, a size that does not fit."""
     settings = parse_settings(cls, presets, doc)
+    if settings.device == "cpu" and "--compile" not in sys.argv and hasattr(settings, "compile"):
+        settings.compile = False                                               # a CPU compiles only when asked, on a machine with a GPU too
     try:
         work(settings, setup(settings.device))
     except torch.cuda.OutOfMemoryError:

@@ -24,7 +24,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 # --- The tokenizers of the paper ----------------------------------------------------------------------------------------------------------------
-# ch_mult has one entry a resolution level, so f = 2^(levels - 1). Self-attention stands where the feature map is 16 wide (for a 256 image).
+# ch_mult has one entry a resolution level, so f = 2^(levels - 1). Self-attention stands where the feature map is as wide as attn_resolutions say (f16: 16).
 F16 = dict(ch=128, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2, attn_resolutions=(16,), resolution=256)        # LDM's kl-f16, the authors' code
 F32 = dict(ch=128, ch_mult=(1, 1, 2, 2, 4, 4), num_res_blocks=2, attn_resolutions=(16, 8), resolution=256)   # LDM's kl-f32; Table A3 names no layers
 SPECS = {

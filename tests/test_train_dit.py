@@ -121,7 +121,7 @@ def test_the_miniature_ladder_has_the_same_tricks():
         want = {1: trick, 2: dict(batch_size=(16, 64), lr=(5e-4, 1e-3)), 9: dict(patch_size=(2, 1))}.get(i, trick)
         if i:
             assert {k: (rows[i - 1][k], rows[i][k]) for k in rows[i] if rows[i][k] != rows[i - 1][k]} == want, name
-    assert {k for k, v in rows[9].items() if v != mini[k]} <= {"steps", "lr"} and {row["size"] for row in rows} == {mini["size"]}
+    assert {k for k, v in rows[9].items() if v != mini[k]} <= {"steps", "lr", "patch_size"} and {row["size"] for row in rows} == {mini["size"]}
     assert {row["tokenizer_spec"] for row in rows} == {""} and {row["latent_norm"] for row in rows} == {"channel"}
 
 
@@ -368,6 +368,7 @@ def test_optimizer_and_ema_are_the_plain_formulas():
             m[k], v[k] = 0.9 * m[k] + 0.1 * g, 0.95 * v[k] + 0.05 * g ** 2
             weights[k] -= 1e-3 * (m[k] / (1 - 0.9 ** step)) / ((v[k] / (1 - 0.95 ** step)).sqrt() + 1e-8)
             ema[k] = 0.9 * ema[k] + 0.1 * weights[k]
+    assert all(e.grad_fn is None and not e.requires_grad for e in run.ema.parameters())      # the average records no graph
     for k in weights:
         torch.testing.assert_close(run.model.get_parameter(k).double(), weights[k], atol=2e-5, rtol=0)
         torch.testing.assert_close(run.ema.get_parameter(k).double(), ema[k], atol=2e-5, rtol=0)
@@ -523,7 +524,7 @@ def test_two_processes_extract_the_same_bytes(few_shapes, tokenizer, tmp_path, m
 
     def barrier():
         waits.append(0)
-        if len(waits) == 2:
+        if len(waits) == 3:                                                                 # after the images, after the plan, then here
             half = np.load(tmp_path / "two" / "done.npy")
             assert half.tolist() == [1, 0, 1, 0, 1]                                     # every second chunk
             extract(s, World(1, 2, CPU), vae, state, tmp_path / "two")
@@ -702,11 +703,11 @@ def test_xl_1_costs_712_gflop_an_image():
 
 
 def test_bench_prints_rate_flops_memory_and_hours(tiny, capsys):
-    s = parse("--bench", "--batch-size", 8, "--size", "B", "--device", "cpu", "--no-compile")
+    s = parse("--bench", "--batch-size", 8, "--size", "B", "--patch-size", 1, "--device", "cpu", "--no-compile")
     train_dit.bench(s, ONE, steps=3, shape=(4, 8, 8))
     text = capsys.readouterr().out
     ms, rate = (float(v) for v in re.search(r"median of 3 steps: ([\d.]+) ms a step, ([\d.]+) images/s", text).groups())
-    assert rate == pytest.approx(8000 / ms, rel=0.02) and "B/1, batch 8, fp32" in text and "peak memory" in text
+    assert rate == pytest.approx(8000 / ms, rel=0.05) and "B/1, batch 8, fp32" in text and "peak memory" in text
     gflop, tflops = (float(v) for v in re.search(r"(\d+) GFLOP an image for training, ([\d.]+) TFLOP/s", text).groups())
     assert gflop == round(training_flops(architecture(s, (4, 8, 8), 1000)) / 1e9) and tflops == pytest.approx(rate * gflop / 1e3, abs=0.2)
     for epochs in (64, 800):

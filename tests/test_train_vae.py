@@ -282,8 +282,8 @@ def write_photos(root, counts, seed=0):
 def test_a_folder_without_a_split(tmp_path):
     root = write_photos(tmp_path / "photos", {"b": 20, "a": 25, "c": 9})
     train, test = (Images(str(root), split, 16) for split in ("train", "test"))
-    held_out = [("a", 9), ("a", 19), ("b", 9), ("b", 19)]                               # every tenth of a class; c has too few
-    kept = [(c, i) for c, n in (("a", 25), ("b", 20), ("c", 9)) for i in range(n) if i % 10 != 9]
+    every = [(c, i) for c, n in (("a", 25), ("b", 20), ("c", 9)) for i in range(n)]
+    held_out, kept = every[9::10], [item for k, item in enumerate(every) if k % 10 != 9]    # every tenth, over all classes
     for images, want in ((train, kept), (test, held_out)):
         assert images.classes == ["a", "b", "c"] and len(images) == len(want) and images.labels.dtype == torch.int64
         assert images.labels.tolist() == ["abc".index(c) for c, _ in want] and images.memory is not None
@@ -307,8 +307,8 @@ def test_a_folder_with_a_split(tmp_path, name):
 
 
 def test_a_folder_too_small_to_split(tmp_path):
-    with pytest.raises(DataError, match="fewer than 10 images in every class"):
-        Images(str(write_photos(tmp_path / "few", {"a": 9, "b": 3})), "test", 16)
+    with pytest.raises(DataError, match="too few to split"):
+        Images(str(write_photos(tmp_path / "few", {"a": 6, "b": 3})), "test", 16)
 
 
 def test_shapes_are_a_pure_function_of_seed_and_index(monkeypatch):
