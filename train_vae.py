@@ -892,8 +892,9 @@ def build(s, images, world):
 @torch.no_grad()
 def save_reconstructions(vae, images, path, device, n=8):
     """Side by side: test images above, their reconstructions (posterior mode) below. Returns the PSNR over these images in dB."""
-    picks = torch.linspace(0, len(images) - 1, min(2 * n, len(images))).long().tolist()
-    x = torch.stack([to_float(images[i]) for i in picks]).to(device)           # (2n, 3, S, S)
+    n = min(n, len(images))
+    picks = torch.linspace(0, len(images) - 1, 2 * n if len(images) >= 2 * n else n).long().tolist()   # whole rows only
+    x = torch.stack([to_float(images[i]) for i in picks]).to(device)           # (2n or n, 3, S, S)
     x_hat = torch.cat([vae.decode(vae.encode(x[i:i + 4]).mode()) for i in range(0, len(x), 4)]).clamp(-1, 1)
     rows = [part for i in range(0, len(x), n) for part in (x[i:i + n], x_hat[i:i + n])]
     save_grid(torch.cat(rows), path, n)
@@ -952,7 +953,7 @@ def train(s, world):
             save()
     if world.rank == 0:
         psnr = save_reconstructions(vae.eval(), test, Path(s.out) / "reconstructions.png", world.device)
-        print(f"saved {path} and {s.out}/reconstructions.png (16 test images and what is left of them, {psnr:.2f} dB); "
+        print(f"saved {path} and {s.out}/reconstructions.png (test images and what is left of them, {psnr:.2f} dB); "
               f"peak memory {peak_memory(world.device):.2f} GiB. Next: python train_dit.py")
 
 
