@@ -498,7 +498,7 @@ def test_resume_lists_what_differs(tmp_path):
     assert line.count("checkpoint:") == 4
     assert resume(path, "vae", parse("--out", tmp_path, "--lr", 0.5, "--fresh"), ONE) is None
     assert "another kind (vae, not dit)" in error(resume, path, "dit", s, ONE)
-    learned = {"seed", "spec", "batch_size", "lr", "vf", "vf_weight", "cos_margin", "mdms_margin", "mcos", "mdms", "stages", "epochs", "steps", "data",
+    learned = {"seed", "spec", "batch_size", "lr", "vf", "vf_weight", "cos_margin", "mdms_margin", "mcos", "mdms", "stages", "epochs", "warmup", "steps", "data",
                "image_size", "kl_weight", "lpips_weight", "disc_weight", "disc_start", "vf_input", "init", "teacher_steps", "precision"}
     assert {f.name for f in fields(Settings) if f.metadata["same"]} == learned
 
