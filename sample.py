@@ -421,7 +421,7 @@ def merge(path, parts, identity):
         with np.load(part) as file:
             labels.append(file["labels"])
             evaluations += file["evaluations"]
-            shape = file["images"].shape[1:] if part == parts[0] else shape
+            shape = file["images"].shape[1:]
     labels = np.concatenate(labels)                                              # (N,)
     mean = (evaluations / len(labels)).round(3).tolist()
     meta = {**identity, "conditional_evaluations": mean[0], "unconditional_evaluations": mean[1]}

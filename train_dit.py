@@ -34,7 +34,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from dit import SIZES, LightningDiT
-from train_vae import (Finite, Images, Metrics, Stop, World, atomic_write, average, batch_indices, fingerprint, first_alone, load_optimizer,
+from train_vae import (Finite, Images, Metrics, Stop, atomic_write, average, batch_indices, fingerprint, first_alone, load_optimizer,
                        load_tokenizer, loader, opt, peak_memory, resume, run_script, save_checkpoint, save_grid, share, step_generator, to_float,
                        torch_load)
 from vae import SPECS, autocast, fail
@@ -536,7 +536,8 @@ def training_flops(arch):
 
 def bench(s, world, steps=20, shape=(32, 16, 16), epoch=1_281_167):
     """Median time of a training step on synthetic latents of f16d32 at 256x256 (with --size and the other flags), and what it means for ImageNet."""
-    part, arch = share(world, s.batch_size), architecture(s, shape, 1000)
+    share(world, s.batch_size)                                                 # fails if the batch does not divide
+    arch = architecture(s, shape, 1000)
     run, marks, b = Run(s, arch, world), [], s.batch_size // world.size
     latents = torch.randn(4 * b, *shape, device=world.device)
     for i in tqdm(range(steps + 5), desc=f"bench {s.size}/{s.patch_size}", unit="step", disable=world.rank > 0):

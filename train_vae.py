@@ -22,7 +22,6 @@ import argparse
 import contextlib
 import csv
 import hashlib
-import json
 import math
 import pickle
 import resource

@@ -14,7 +14,6 @@ import scipy.special
 import scipy.stats
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from PIL import Image
 
 import train_dit
