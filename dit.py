@@ -22,6 +22,7 @@ SIZES = {
     "1.0B": dict(depth=24, hidden_size=1536, num_heads=24),
     "1.6B": dict(depth=28, hidden_size=1792, num_heads=28),
     # ours, for preset mini (two CPU cores) and its scaling study
+    "mini-XS": dict(depth=3, hidden_size=64, num_heads=2),
     "mini-S": dict(depth=4, hidden_size=128, num_heads=4),
     "mini": dict(depth=6, hidden_size=192, num_heads=6),
     "mini-L": dict(depth=8, hidden_size=320, num_heads=10),

@@ -50,6 +50,7 @@ class Settings:
     features: str = opt("mini", "network that makes the features", choices=("mini", "inception"))
     inception_input: str = opt("tf", "how Inception's input is resized and scaled: as in TensorFlow 1, which published numbers use, or as in "
                                      "pytorch-fid", choices=("tf", "pytorch-fid"))
+    cache: str = opt("", "folder of ScoreNet and of the references' statistics, which runs may share (default OUT)")
     vae: str = opt("", "tokenizer checkpoint whose reconstructions are scored (default OUT/vae.pt)")
     lpips: bool = opt(False, "also LPIPS of the reconstructions (downloads VGG16 once)")
     posterior: str = opt("mode", "reconstruct from the posterior's mode or from a sample", choices=("mode", "sample"))
@@ -313,7 +314,8 @@ def feature_network(s, run, device):
         net = FIDInception(torch_load(path), s.inception_input)
         return net.to(device), f"Inception of 2015, {s.inception_input} input", f"{path.name} {s.inception_input}"
     train = dataset(s, run, "train")
-    path, made_from = Path(s.out) / "score_net.pt", [train.key, s.seed, s.steps]
+    path, made_from = Path(s.cache or s.out) / "score_net.pt", [train.key, s.seed, s.steps]
+    torch.manual_seed(s.seed)
     net = ScoreNet(len(train.images.classes)).to(device)
     saved = torch_load(path) if path.exists() else {}
     if saved.get("made_from") != made_from:
@@ -479,7 +481,7 @@ def reference_statistics(source, net, identity, s, device):
     if s.features != "inception" or s.inception_input != "tf":
         stored = {}      # ADM's file holds statistics of TF-style Inception features and no others
     key = hashlib.sha256(f"{source.key} {identity}".encode()).hexdigest()[:16]
-    path = (Path(s.out) if s.features == "mini" else Path(torch.hub.get_dir()) / "fid_references") / f"reference-{key}.npz"
+    path = (Path(s.cache or s.out) if s.features == "mini" else Path(torch.hub.get_dir()) / "fid_references") / f"reference-{key}.npz"
     if not path.exists() and source.count:
         arrays = gather(source, net, s, device, "reference").reference()
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -87,6 +87,7 @@ class Settings:
     workers: int = opt(4, "data loading processes for each training process", same=False)
     log_every: int = opt(100, "steps between lines of metrics_dit.csv", same=False)
     save_every: int = opt(5000, "steps between checkpoints", same=False)
+    keep_every: int = opt(0, "steps between copies of the checkpoint that are kept, OUT/dit-STEP.pt; 0: none", same=False)
     sample_every: int = opt(5000, "steps between small pictures from the EMA weights, with fixed noise, progress.png; 0: never", same=False)
     fresh: bool = opt(False, "start over instead of resuming the run in --out (latents are kept)", same=False)
     bench: bool = opt(False, "time training steps on synthetic latents and exit", same=False)
@@ -511,8 +512,11 @@ def train(s, world):
                           images_per_s=speed, memory_gib=peak_memory(world.device))
             bar.set_postfix(loss=f"{values[0]:.3f}", mse=f"{values[1]:.3f}", img_s=f"{speed:.0f}")
         stopping = stop.agreed(now) and step < total
-        if stopping or step % s.save_every == 0 or step == total:
+        keep = s.keep_every and step % s.keep_every == 0
+        if stopping or keep or step % s.save_every == 0 or step == total:
             save()
+        if keep and world.rank == 0:
+            atomic_write(Path(s.out) / f"dit-{step}.pt", lambda f: f.write(path.read_bytes()))
         if stopping:
             return print(f"\nstopped after step {step} and saved {path}; the same command goes on from there") if world.rank == 0 else None
         if world.rank == 0 and (step == total or (s.sample_every and step % s.sample_every == 0)):

@@ -31,6 +31,7 @@ import sys
 import time
 from collections import namedtuple
 from dataclasses import asdict, dataclass, field, fields
+from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 
@@ -82,6 +83,7 @@ class Settings:
     mdms: bool = opt(True, "use the marginal distance matrix similarity loss, Eq. 3")
     vf_input: str = opt("model", "what F sees: normalised by its own mean and std, or [-1, 1] as in the authors' code", choices=("model", "authors"))
     teacher_steps: int = opt(400, "training steps of the stand-in foundation model of --vf mini")
+    teacher: str = opt("", "file of the stand-in; one that exists is taken as it is, so that runs share it; default OUT/teacher.pt, made for this run")
     # the schedule [Sec. 5.1]: "we scale the learning rate and global batch size to 1e-4 and 256"
     batch_size: int = opt(256, "images a step, over all processes")
     lr: float = opt(1e-4, "learning rate of Adam, betas (0.5, 0.9), constant")
@@ -115,7 +117,9 @@ ONLY_MDMS, ONLY_MCOS = dict(mcos=False, vf_weight=0.05), dict(mdms=False, vf_wei
 LONG = dict(stages="100:0.5:0:0:2501,15:0.1:0:0:0,15:0.1:0.5:0.25:0")
 
 # name: (settings that differ from the defaults, the paper's rFID, PSNR, LPIPS, SSIM, gFID). gFID is FID-10K of LightningDiT-B, 160 epochs; in
-# Table A1 80 epochs. Rows that the paper prints twice (Table 4 naive = Table 2 f16d32) stand once for each table, with the same settings.
+# Table A1 80 epochs; for Tables A2 and A3 the supplement names none. Rows that the paper prints twice (Table 4 naive = Table 2 f16d32) stand once for
+# each table, with the same settings. Tables A1 and A2 print other reconstruction scores for settings of Table 2 (f16d32 plain: rFID 0.40 and 0.26),
+# and do not say what differed.
 ROWS = {
     "table1-sdvae": (dict(spec="f8d4", **NO_VF), None),                                       # Table 1 uses LDM's released kl-f8: --init
     **{f"table2-f16d{d}-{vf}": (dict(spec=f"f16d{d}", vf=vf), scores) for d, vf, scores in (
@@ -206,7 +210,8 @@ def setup(device):
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True   # fp32 means TF32 on CUDA, for every script
         torch.backends.cudnn.benchmark = True
     if size > 1:
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+        # Hours, not the usual ten minutes: at the end of an extraction all wait for one that goes through every latent.
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(hours=6))
     return World(rank, size, device)
 
 
@@ -298,8 +303,9 @@ def resume(path, stage, settings, world):
     if settings.fresh or not Path(path).exists():
         return None
     state = load_checkpoint(path, stage, "remove it, or start over with --fresh")
-    changed = [f"--{f.name.replace('_', '-')} {getattr(settings, f.name)!r} (checkpoint: {state['settings'].get(f.name)!r})" for f in fields(settings)
-               if f.metadata["same"] and state["settings"].get(f.name) != getattr(settings, f.name)]
+    old = {f.name: f.default for f in fields(settings)} | state["settings"]     # a setting younger than the checkpoint had its default
+    changed = [f"--{f.name.replace('_', '-')} {getattr(settings, f.name)!r} (checkpoint: {old[f.name]!r})" for f in fields(settings)
+               if f.metadata["same"] and old[f.name] != getattr(settings, f.name)]
     if changed:
         fail(f"{path} was made with other settings: {', '.join(changed)}; use those, another --out, or --fresh to start over")
     return state
@@ -798,7 +804,7 @@ def schedule(s, n):
     try:
         rows = [[float(v) for v in row.split(":")] for row in s.stages.split(",")]
         stages = [Stage(max(1, round(epochs * n / s.batch_size)), w, m1, m2, int(start)) for epochs, w, m1, m2, start in rows]
-    except ValueError:
+    except (ValueError, OverflowError):                                        # a word, the wrong number of fields, inf
         fail(f"--stages {s.stages!r} is not EPOCHS:W_HYPER:M1:M2:DISC_START, one a stage, joined by commas")
     if s.steps and s.steps != sum(stage.steps for stage in stages):
         fail(f"--steps {s.steps} and --stages (which make {sum(stage.steps for stage in stages)} steps of {n} images) exclude each other")
@@ -806,11 +812,14 @@ def schedule(s, n):
 
 
 def mini_teacher(s, images, f, world):
-    """The stand-in foundation model of --vf mini: trained on the spot by the first process, kept in the run's folder, read by the others."""
-    path = Path(s.out) / "teacher.pt"
-    net = MiniTeacher(len(images.classes), f).to(world.device)
+    """The stand-in foundation model of --vf mini: trained on the spot by the first process, kept in a file, read by the others.
+
+    --teacher names a file that several runs share, as the paper's runs share one DINOv2. If it exists it is taken as it is, whatever images it was
+    trained on; the run's own teacher.pt is made again when its key says other images, seed, steps or stride.
+    """
+    path = Path(s.teacher or f"{s.out}/teacher.pt")
     key = dict(data=s.data, image_size=s.image_size, seed=s.seed, steps=s.teacher_steps, f=f)
-    if world.rank == 0 and not (path.exists() and not s.fresh and torch_load(path)["key"] == key):
+    if world.rank == 0 and not (path.exists() and (s.teacher or (not s.fresh and torch_load(path)["key"] == key))):
         torch.manual_seed(s.seed + 1)
         chosen = epoch_order(len(images), s.seed, 0)[:50_000]                  # a folder is sorted by class: not simply the first ones
         everything = images.memory[chosen] if images.memory is not None else torch.stack([images[i] for i in chosen.tolist()])
@@ -818,7 +827,11 @@ def mini_teacher(s, images, f, world):
         save_checkpoint({"stage": "teacher", "key": key, "state_dict": net.state_dict()}, path)
     if world.size > 1:
         dist.barrier()
-    net.load_state_dict(torch_load(path)["state_dict"])
+    saved = load_checkpoint(path, "teacher", "name a teacher.pt of train_vae.py --vf mini with --teacher")
+    if saved["key"]["f"] != f:
+        fail(f"--teacher {path} has a feature map of stride {saved['key']['f']}, --spec {s.spec} a latent of stride {f}")
+    net = MiniTeacher(len(saved["state_dict"]["head.bias"]), f)
+    net.load_state_dict(saved["state_dict"])
     return net.to(world.device)
 
 
@@ -1017,6 +1030,7 @@ def bench(s, world, steps=10):
         times[vf] = float(np.median(np.diff(marks)[2:]))                       # the first steps compile and choose algorithms
         if world.rank == 0:
             print(f"VF loss {vf:8s} {times[vf] * 1e3:9.1f} ms a step, {s.batch_size / times[vf]:8.1f} images/s, peak memory {peak_memory(world.device):.2f} GiB")
+        del run                                                                # or its memory would count as the next one's
     if world.rank == 0 and s.vf != "none":
         print(f"VF loss adds {100 * (times[s.vf] / times['none'] - 1):.1f} % to the step ({s.spec}, {s.image_size}x{s.image_size}, batch {s.batch_size}, "
               f"{s.precision}, compile {s.compile}, {torch.cuda.get_device_name() if world.device.type == 'cuda' else 'CPU'} x {world.size}; medians of {steps})")

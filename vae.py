@@ -33,7 +33,7 @@ SPECS = {
     "f8d4": dict(embed_dim=4, ch=128, ch_mult=(1, 2, 4, 4), num_res_blocks=2, attn_resolutions=(), resolution=256),   # Table 1: SD-VAE, LDM's kl-f8
     # ours, for preset mini: the same code, narrow and shallow enough for two CPU cores
     **{f"mini-f{f}d{d}": dict(embed_dim=d, ch=32, ch_mult=mult, num_res_blocks=1, attn_resolutions=(32 // f,), resolution=32)
-       for f, mult in ((4, (1, 1, 2)), (8, (1, 1, 2, 2))) for d in (4, 8, 16, 32, 64)},
+       for f, mult in ((2, (1, 2)), (4, (1, 1, 2)), (8, (1, 1, 2, 2))) for d in (4, 8, 16, 32, 64)},
 }
 
 

@@ -1,0 +1,362 @@
+"""The paper's claims in miniature: the study behind README's section of that name.
+
+Not a pytest file: the scripts' own command lines, run for every row, data set and seed, and the tables and plots made of their scores.json.
+
+    python tests/claims.py --row d64-vf --data shapes --seed 0     # one row: its tokenizer, LightningDiT, samples, scores; what it needs first, too
+    python tests/claims.py --data shapes --data cifar10 --jobs 2   # the whole study; rows that are finished are skipped, so the same command resumes
+    python tests/claims.py --report                                # tables of what is there; plots to assets/ (needs matplotlib)
+
+A row is called by its tokenizer and, where it differs, its LightningDiT:
+    d4-none d16-none d64-none    C1: latents of three widths, plain                       [Fig. 1, Table 2]
+    d4-vf d16-vf d64-vf          C2: the same with VF loss; C3: their curves at d = 64     [Table 2; Fig. 4a, b]
+    d64-none+mini-XS ...         C4: a smaller and a larger LightningDiT                  [Fig. 4c]
+    d64-margins, -mcos, -mdms    C5: with the paper's margins; one loss alone, half the weight   [Table 5]
+    (all tokenizers)             C6: uniformity of the latents                            [Table 6]
+    ladder-0 ... ladder-9        C7: the tricks of Table 1, one after another
+"""
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+WIDTHS = (4, 16, 64)
+WIDEST = f"d{WIDTHS[-1]}"
+STEPS, EVERY, SAMPLES = 750, 150, 1500                                         # of LightningDiT: steps, steps between scores of a curve, samples
+FROZEN = dict(teacher=300, score_net=400)                                      # training steps of the two stand-ins
+# One design for all rows: 16x16 images, f = 2, latents of 8x8 positions in tokens of 2x2, normalised per channel; the same number of steps for all
+# tokenizers, the same LightningDiT and number of steps for all latents, no guidance. Plain L1 + KL tokenizers: 16 pixels are too few for the
+# discriminator, LPIPS would be a download.
+TOKENIZER = "--image-size 16 --disc-weight 0 --batch-size 16 --lr 1e-3 --warmup 100 --steps 800 --save-every 400"
+VF = "--vf mini --vf-weight 0.5 --cos-margin 0 --mdms-margin 0"
+TOKENIZERS = {
+    **{f"d{d}-none": f"--spec mini-f2d{d} --vf none" for d in WIDTHS},
+    **{f"d{d}-vf": f"--spec mini-f2d{d} {VF}" for d in WIDTHS},
+    f"{WIDEST}-margins": f"--spec mini-f2{WIDEST} {VF} --cos-margin 0.5 --mdms-margin 0.25",
+    f"{WIDEST}-mcos": f"--spec mini-f2{WIDEST} {VF} --no-mdms --vf-weight 0.25",
+    f"{WIDEST}-mdms": f"--spec mini-f2{WIDEST} {VF} --no-mcos --vf-weight 0.25",
+    "f4d16-vf": f"--spec mini-f4d16 {VF}",
+}
+DIT = f"--patch-size 2 --lr 1e-3 --steps {STEPS} --sample-every 0 --save-every {EVERY}"
+SIZES = ("mini-XS", "mini")
+# name: (tokenizer, flags of train_dit.py). In Table 1 the last row goes from f8d4 in tokens of 2x2 to f16d32 in tokens of 1x1: as many tokens, twice
+# the f. So here: from f2d4 to f4d16. Rows 0 and 1 have a quarter of the batch and so four times the steps: the same number of images.
+EPOCHS = "--sample-every 0 --save-every 1000"
+ROWS = {
+    **{name: (name, DIT) for name in TOKENIZERS if name != "f4d16-vf"},
+    **{f"{WIDEST}-{vf}+{size}": (f"{WIDEST}-{vf}", f"{DIT} --size {size}") for size in SIZES for vf in ("none", "vf")},
+    **{f"ladder-{i}": ("d4-none" if i < 9 else "f4d16-vf", f"--preset mini-table1-{i} {EPOCHS} --steps {STEPS * (4 if i < 2 else 1)}") for i in range(10)},
+}
+# The order of the whole study: what matters most first, so that it can be stopped at any time; and tokenizers before the rows that use them.
+ORDER = sorted(ROWS, key=lambda row: (ROWS[row][0] != row, row not in (f"{d}-{vf}" for d in (WIDEST, f"d{WIDTHS[0]}") for vf in ("none", "vf"))))
+
+
+# --- Running ------------------------------------------------------------------------------------------------------------------------------------
+def call(script, flags):
+    """The module, the settings and the World of the command line `python SCRIPT.py FLAGS`."""
+    import train_vae
+    module = __import__(script)
+    print(f"+ python {script}.py {flags}", flush=True)
+    settings = train_vae.parse_settings(module.Settings, module.PRESETS, module.__doc__, shlex.split(flags))
+    if hasattr(settings, "compile"):
+        settings.compile = False                                               # compiling takes longer than these runs
+    return module, settings, train_vae.setup(settings.device)
+
+
+def run(script, flags):
+    """That command line, in this process: starting Python and torch anew for each of some ten commands a row would cost a minute."""
+    module, settings, world = call(script, flags)
+    module.main(settings, world)
+    if script.startswith("train"):                                             # Ctrl-C and SIGTERM save and return
+        state = module.torch_load(f"{settings.out}/{script[6:]}.pt")
+        if state["step"] < state["total_steps"]:
+            sys.exit(f"stopped in {script}.py; the same command goes on from there")
+
+
+def folder(out, data, row="", seed=0):
+    return Path(out) / Path(data).name / row / (f"seed{seed}" if row else "shared")
+
+
+def common(out, data):
+    """Flags that all rows of a data set share: one teacher, as there is one DINOv2, and one score network."""
+    return f"--data {shlex.quote(data)} {TOKENIZER} --teacher {shlex.quote(str(folder(out, data) / 'teacher.pt'))} --teacher-steps {FROZEN['teacher']}"
+
+
+def score_flags(out, data, steps=None, cache="shared"):
+    steps = FROZEN["score_net"] if steps is None else steps
+    return (f"--data {shlex.quote(data)} --image-size 16 --steps {steps} "
+            f"--cache {shlex.quote(str(folder(out, data).with_name(cache)))}")
+
+
+def prepare(out, data):
+    """The frozen networks of a data set: the teachers (of stride 2 and 4) and the score network."""
+    import train_vae
+    for f, spec, name in ((2, f"mini-f2{WIDEST}", "teacher.pt"), (4, "mini-f4d16", "teacher-f4.pt")):
+        if not (folder(out, data) / name).exists():
+            _, s, world = call("train_vae", f"{common(out, data).replace('teacher.pt', name)} --spec {spec} --out {shlex.quote(str(folder(out, data)))}")
+            train_vae.mini_teacher(s, train_vae.Images(s.data, "train", s.image_size, s.seed), f, world)
+    if not (folder(out, data) / "score_net.pt").exists():
+        fid, s, world = call("fid", f"{score_flags(out, data)} --out {shlex.quote(str(folder(out, data)))}")
+        fid.feature_network(s, {}, world.device)
+
+
+def run_row(out, row, data, seed):
+    """Tokenizer, LightningDiT, samples and scores of one row; what is finished is left as it is."""
+    prepare(out, data)
+    tokenizer, dit_flags = ROWS[row]
+    home, vae_home = folder(out, data, row, seed), folder(out, data, tokenizer, seed)
+    if (home / "scores.json").exists():
+        measure(out, row, data, seed)
+        return print(f"{home} is finished")
+    quoted = {name: shlex.quote(str(path)) for name, path in (("home", home), ("vae", vae_home / "vae.pt"), ("vae_home", vae_home))}
+    flags = common(out, data) if "f4" not in tokenizer else common(out, data).replace("teacher.pt", "teacher-f4.pt")
+    run("train_vae", f"{flags} {TOKENIZERS[tokenizer]} --seed {seed} --out {quoted['vae_home']}")
+    curve = f"--keep-every {EVERY}" if WIDEST in row and "+" not in row else ""
+    run("train_dit", f"{dit_flags} {curve} --vae {quoted['vae']} --seed {seed} --out {quoted['home']}")
+    for step in range(EVERY, STEPS, EVERY) if curve else ():                   # [Fig. 4a, b]
+        at = shlex.quote(str(home / f"step{step}"))
+        draw(quoted["home"] + f"/dit-{step}.pt", quoted["vae"], at, seed)
+        run("fid", f"{score_flags(out, data)} --samples {at}/samples.npz --out {at}")
+        (home / f"step{step}" / "samples.npz").unlink()
+        (home / f"dit-{step}.pt").unlink()
+    draw(quoted["home"] + "/dit.pt", quoted["vae"], quoted["home"], seed)
+    run("fid", f"{score_flags(out, data)} --samples {quoted['home']}/samples.npz --vae {quoted['vae']} --out {quoted['home']}")
+    measure(out, row, data, seed)
+
+
+def measure(out, row, data, seed):
+    """Beside the score of a tokenizer's row: the control, the same distance in the features of a ScoreNet that was never trained and so knows neither
+    labels nor teacher (--steps 0); and the uniformity of the latents [Table 6]."""
+    home, own = folder(out, data, row, seed), ROWS[row][0] == row
+    if own and not (home / "control" / "scores.json").exists():
+        run("fid", f"{score_flags(out, data, 0, 'control')} --samples {shlex.quote(str(home / 'samples.npz'))} --out {shlex.quote(str(home / 'control'))}")
+    if own and not (home / "uniformity.json").exists():
+        run("fid", f"--uniformity {shlex.quote(str(home / 'latents'))} --embedding pca --out {shlex.quote(str(home))}")
+
+
+def draw(dit, vae, home, seed):
+    run("sample", f"--dit {dit} --vae {vae} --out {home} --num {SAMPLES} --steps 20 --cfg-scale 1 --seed {seed}")
+
+
+def study(out, rows, datas, seeds, jobs):
+    """Many rows, `jobs` at once, each in a process of its own with its share of the cores."""
+    env = dict(os.environ, OMP_NUM_THREADS=str(max(1, (os.cpu_count() or 1) // jobs)), OMP_WAIT_POLICY="PASSIVE")
+    for data in datas:
+        prepare(out, data)
+
+    def one(job):
+        row, data, seed = job
+        home = folder(out, data, row, seed)
+        home.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, __file__, "--row", row, "--data", data, "--seed", str(seed), "--out", str(out)]
+        with open(home / "log.txt", "ab") as log:
+            rc = subprocess.run(command, env=env, stdout=log, stderr=subprocess.STDOUT).returncode
+        print(f"{home}: {'done' if rc == 0 else f'FAILED, see {home}/log.txt'}", flush=True)
+        return rc
+
+    phases = [[(row, data, seed) for seed in seeds for data in datas for row in ORDER if row in rows and (ROWS[row][0] == row) == own] for own in (True, False)]
+    with ThreadPoolExecutor(jobs) as pool:
+        failed = sum(rc != 0 for phase in phases for rc in list(pool.map(one, phase)))
+    if failed:
+        sys.exit(f"{failed} rows failed")
+
+
+# --- Report -------------------------------------------------------------------------------------------------------------------------------------------
+def spread(values, digits=3):
+    """Mean and standard deviation over seeds, as text."""
+    values = [v for v in values if v is not None]
+    if not values:
+        return "-"
+    return f"{np.mean(values):.{digits}g}" + (f" ± {np.std(values, ddof=1):.2g}" if len(values) > 1 else "")
+
+
+def change(before, after):
+    """Mean change in per cent of paired seeds, and its standard error."""
+    seeds = sorted(before.keys() & after.keys())
+    ratios = np.array([100 * (after[k] / before[k] - 1) for k in seeds])
+    if not len(ratios):
+        return "-"
+    return f"{ratios.mean():+.0f} %" + (f" ± {ratios.std(ddof=1) / len(ratios) ** 0.5:.0f}" if len(ratios) > 1 else "")
+
+
+def load(path, *keys):
+    """A value of a JSON file, or None."""
+    if not path.exists():
+        return None
+    value = json.loads(path.read_text())
+    for key in keys:
+        value = value.get(key, {})
+    return value if value != {} else None
+
+
+class Results:
+    """What a data set's folder holds: gfid(row), rfid(row), ... as {seed: value}."""
+
+    def __init__(self, home):
+        self.home, self.name = home, home.name
+
+    def all(self, row, file, *keys):
+        found = {int(p.name[4:]): load(p / file, *keys) for p in (self.home / row).glob("seed*")}
+        return {seed: value for seed, value in sorted(found.items()) if value is not None}
+
+    def gfid(self, row):
+        return self.all(row, "scores.json", "samples", "values", "mini-FID")
+
+    def rfid(self, row):
+        return self.all(row, "scores.json", "tokenizer", "values", "mini-rFID")
+
+    def psnr(self, row):
+        return self.all(row, "scores.json", "tokenizer", "values", "PSNR")
+
+    def control(self, row):
+        return self.all(row, "control/scores.json", "samples", "values", "mini-FID")
+
+    def curve(self, row, seed):
+        """[(step, mini-FID)] of one run."""
+        home = self.home / row / f"seed{seed}"
+        points = [(step, load(home / f"step{step}" / "scores.json", "samples", "values", "mini-FID")) for step in range(EVERY, STEPS, EVERY)]
+        return [p for p in points + [(STEPS, self.gfid(row).get(seed))] if p[1] is not None]
+
+
+def reached(curve, target):
+    """The step at which a curve first comes down to `target`, on straight lines between its points; None if it never does."""
+    for (s0, v0), (s1, v1) in zip(curve, curve[1:]):
+        if v0 <= target:
+            return s0
+        if v1 <= target:
+            return s0 + (s1 - s0) * (v0 - target) / (v0 - v1)
+    return None
+
+
+def table(head, rows):
+    return "\n".join([f"| {' | '.join(head)} |", "|" + "---|" * len(head), *(f"| {' | '.join(map(str, row))} |" for row in rows)]) + "\n"
+
+
+def report(out):
+    """Markdown of all claims, from whatever rows are there; then the plots."""
+    found = [Results(p) for p in sorted(out.glob("*")) if (p / "shared").exists()]
+    if not found:
+        sys.exit(f"{out} holds no runs: python tests/claims.py makes them")
+    print("C1 and C2: width and VF loss [Table 2]\n")
+    rows = []
+    for r in found:
+        for d in WIDTHS:
+            none, vf = f"d{d}-none", f"d{d}-vf"
+            for row in (none, vf):
+                control = "" if row == none else change(r.control(none), r.control(vf))
+                rows.append((r.name, d, row.split("-")[1], spread(r.rfid(row).values()), spread(r.psnr(row).values()), spread(r.gfid(row).values()),
+                             "" if row == none else change(r.gfid(none), r.gfid(vf)), control, len(r.gfid(row))))
+    print(table(("images", "d", "VF loss", "mini-rFID", "PSNR, dB", "mini-gFID", "VF loss changes it by", "control: by", "seeds"), rows))
+    print("C3: convergence at the widest latent [Fig. 4a, b]\n")
+    rows = []
+    for r in found:
+        none, vf, speed, steps = r.gfid(f"{WIDEST}-none"), r.gfid(f"{WIDEST}-vf"), [], []
+        for seed in sorted(none.keys() & vf.keys()):
+            at = reached(r.curve(f"{WIDEST}-vf", seed), none[seed])
+            steps.append("never" if at is None else f"{at:.0f}")
+            speed.append(None if at is None else STEPS / at)
+        rows.append((r.name, STEPS, ", ".join(steps), spread(speed)))
+    print(table(("images", "steps of the plain latents", "steps with VF loss to the same mini-gFID, by seed", "times faster"), rows))
+    print("C4: size of LightningDiT, mini-gFID [Fig. 4c]\n")
+    rows = []
+    for r in found:
+        for size in ("mini-XS", "mini-S", "mini"):
+            none, vf = (r.gfid(f"{WIDEST}-{v}" + ("" if size == "mini-S" else f"+{size}")) for v in ("none", "vf"))
+            rows.append((r.name, size, spread(none.values()), spread(vf.values()), change(none, vf), min(len(none), len(vf))))
+    print(table(("images", "size", "plain", "VF loss", "change", "seeds"), rows))
+    print("C5: ingredients [Table 5]\n")
+    settings = (("none", "no VF loss"), ("mdms", "Eq. 3 alone (without mcos)"), ("mcos", "Eq. 2 alone (without mdms)"), ("vf", "both, without margins"), ("margins", "both, the paper's margins"))
+    rows = [(r.name, text, spread(r.rfid(f"{WIDEST}-{name}").values()), spread(r.gfid(f"{WIDEST}-{name}").values()), len(r.gfid(f"{WIDEST}-{name}")))
+            for r in found for name, text in settings]
+    print(table(("images", "setting", "mini-rFID", "mini-gFID", "seeds"), rows))
+    print("C6: uniformity of the latents [Table 6], two principal components instead of t-SNE\n")
+    rows, points = [], {}
+    for r in found:
+        for row in (*(f"{WIDEST}-{name}" for name, _ in settings), *(f"d{d}-{v}" for d in WIDTHS[:-1] for v in ("none", "vf"))):
+            cv, gini, entropy = ({k: v[0] for k, v in r.all(row, "uniformity.json", key).items()} for key in ("density cv", "gini", "normalized entropy"))
+            rows.append((r.name, row, spread(cv.values()), spread(gini.values()), spread(entropy.values(), 4), spread(r.gfid(row).values()), len(cv)))
+            if row.startswith(WIDEST):
+                points.setdefault(r.name, []).extend((cv[k], r.gfid(row)[k]) for k in cv.keys() & r.gfid(row).keys())
+    print(table(("images", "tokenizer", "density cv", "Gini", "normalized entropy", "mini-gFID", "seeds"), rows))
+    for name, pairs in points.items():
+        if len(pairs) > 2:
+            print(f"{name}: correlation of density cv and mini-gFID over {len(pairs)} tokenizers of {WIDEST}: r = {np.corrcoef(np.array(pairs).T)[0, 1]:.2f}")
+    print("\nC7: the ladder of Table 1\n")
+    from train_dit import LADDER
+    rows = [(f"ladder-{i}", LADDER[i][0], *(spread(r.gfid(f"ladder-{i}").values()) for r in found), f"{LADDER[i][2]:.2f}") for i in range(10)]
+    print(table(("row", "trick", *(f"mini-gFID, {r.name} ({len(r.gfid('ladder-0'))} seeds)" for r in found), "paper's FID"), rows))
+    plots(found)
+
+
+def plots(found):
+    try:
+        import matplotlib
+    except ImportError:
+        sys.exit("no plots: they need the package matplotlib: pip install matplotlib")
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    colours = {"none": "tab:gray", "vf": "tab:orange"}
+    figure, axes = plt.subplots(len(found), 3, figsize=(12, 3.6 * len(found)), squeeze=False, constrained_layout=True)
+    for r, (left, middle, right) in zip(found, axes):
+        for vf, label in (("none", "plain"), ("vf", "VF loss")):
+            for axis, values, title in ((left, r.rfid, "reconstruction: mini-rFID"), (middle, r.gfid, "generation: mini-gFID")):
+                points = [(d, list(values(f"d{d}-{vf}").values())) for d in WIDTHS if values(f"d{d}-{vf}")]
+                if points:
+                    axis.errorbar([d for d, _ in points], [np.mean(v) for _, v in points], [np.std(v, ddof=1) if len(v) > 1 else 0 for _, v in points],
+                                  color=colours[vf], marker="o", capsize=4, label=label)
+                axis.set(xscale="log", xlabel="latent width d", title=f"{r.name}: {title}", xticks=WIDTHS, xticklabels=WIDTHS, ylim=(0, None))
+                axis.minorticks_off()
+            for k, seed in enumerate(r.gfid(f"{WIDEST}-{vf}")):
+                right.plot(*zip(*r.curve(f"{WIDEST}-{vf}", seed)), color=colours[vf], marker=".", label=label if k == 0 else None)
+        right.set(xlabel="steps of LightningDiT", title=f"{r.name}: mini-gFID at d = {WIDTHS[-1]}", yscale="log")
+        left.legend()
+        right.legend()
+    (ROOT / "assets").mkdir(exist_ok=True)
+    figure.savefig(ROOT / "assets" / "claims.png", dpi=80)
+    # Samples of the same seeds, narrow and wide, plain and with VF loss
+    names = [f"d{WIDTHS[0]}-none", f"{WIDEST}-none", f"{WIDEST}-vf"]
+    figure, axes = plt.subplots(len(found), 3, figsize=(12, 4 * len(found)), squeeze=False, constrained_layout=True)
+    for r, line in zip(found, axes):
+        for name, axis in zip(names, line):
+            axis.axis("off")
+            axis.set_title(f"{r.name}: {name}")
+            if (path := r.home / name / "seed0" / "samples.npz").exists():
+                with np.load(path) as file:
+                    images = file["arr_0"][:80]                                # (N, H, W, 3): sample i is of class i mod 10
+                n = len(images) // 10
+                grid = images.reshape(n, 10, 16, 16, 3).transpose(0, 2, 1, 3, 4)
+                axis.imshow(grid.reshape(n * 16, 10 * 16, 3), interpolation="nearest")
+    figure.savefig(ROOT / "assets" / "claims-samples.png", dpi=70)
+    print("plots: assets/claims.png, assets/claims-samples.png")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--row", action="append", choices=ORDER, metavar="ROW", help=f"may be repeated (default: the whole study): {', '.join(ROWS)}")
+    parser.add_argument("--data", action="append", help="data set as in train_vae.py, may be repeated (default: shapes)")
+    parser.add_argument("--seed", type=int, action="append", help="may be repeated (default: 0 for a row, 0 1 2 for the study)")
+    parser.add_argument("--out", default="runs/claims", help="folder of all runs (default: runs/claims)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="rows at once, about 1 GiB each (default: as many as cores)")
+    parser.add_argument("--report", action="store_true", help="print the tables of what is there and draw the plots")
+    a = parser.parse_args()
+    datas = a.data or ["shapes"]
+    if a.report:
+        report(Path(a.out))
+        return
+    rows, seeds = a.row or ORDER, a.seed or ([0] if a.row else [0, 1, 2])
+    if (len(rows), len(datas), len(seeds)) == (1, 1, 1):
+        run_row(a.out, rows[0], datas[0], seeds[0])
+    else:
+        study(a.out, rows, datas, seeds, a.jobs)
+
+
+if __name__ == "__main__":
+    main()
