@@ -42,7 +42,7 @@ from vf_loss import train_classifier
 @dataclass
 class Settings:
     preset: str = opt("mini", "named settings below; any flag overrides it")
-    out: str = opt("", "run directory to score; scores.json and the caches of preset mini go there (default runs/PRESET)")
+    out: str = opt("", "run directory to score; scores.json goes there (default runs/PRESET)")
     samples: str = opt("", "images to score: a folder, an .npz batch or a run directory (default OUT/samples.npz)")
     reference: str = opt("", "what they are compared with: a folder, an .npz batch, ADM's reference .npz or a run directory "
                              "(default: the training images of the run)")
@@ -307,7 +307,7 @@ class ScoreNet(nn.Module):
 
 
 def feature_network(s, run, device):
-    """(network, description, identity): FID's Inception, or ScoreNet trained on the training images and kept in OUT."""
+    """(network, description, identity): FID's Inception, or ScoreNet trained on the training images and kept in --cache."""
     if s.features == "inception":
         # torch.hub alone checks the hash of what it downloads only; hub_file also that of a file put there by hand
         path = hub_file(INCEPTION_URL, sha256=INCEPTION_SHA256)
@@ -455,7 +455,7 @@ def dataset(s, run, split):
     data, size = s.data or run.get("data"), s.image_size or run.get("image_size")
     if not data or not size:
         fail(f"which images? There is no tokenizer in {s.out} that says so: name --data and --image-size")
-    images = drawn_once(data, split, size, run.get("seed", 0))
+    images = drawn_once(data, split, size)
     pixels = b"".join(images[int(i)].numpy().tobytes() for i in evenly(len(images), 64))
     content = f"{data} {split} {size} {len(images)} {hashlib.sha256(pixels).hexdigest()}"
     return Source(images, f"{data} {split} {size}x{size}", s.num, content)
@@ -680,7 +680,6 @@ def latent_vectors(path, seed, num=10_000):
     if path.suffix not in (".npy", ".pt") or not path.exists():
         fail(f"--uniformity takes a .npy or .pt file of vectors (N, d), or a folder with latents.npy; got {path}")
     z = np.load(path, mmap_mode="r") if path.suffix == ".npy" else torch_load(path).numpy()
-    z = z[:, 0] if z.ndim == 5 else z      # train_dit.py keeps (N, 2, d, h, w): plain and flipped
     z = z[:, 0] if z.ndim == 5 else z                          # train_dit.py stores each image plain and flipped: the plain one
     if z.ndim not in (2, 4) or len(z) < 3:
         fail(f"{path} has shape {z.shape}; vectors are (N, d), latents (N, d, h, w) or (N, 2, d, h, w)")

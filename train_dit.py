@@ -157,7 +157,7 @@ def extract(s, world, vae, state, folder):
     if not data:
         fail(f"the tokenizer {s.vae} does not say which images it was trained on: name them with --data")
     with first_alone(world):
-        images = Images(data, "train", size, s.seed)
+        images = Images(data, "train", size)
     n, shape = len(images), (vae.embed_dim, size // vae.f, size // vae.f)
     if size % vae.f:
         fail(f"--image-size {size} is not divisible by the tokenizer's downsampling rate {vae.f}")
@@ -469,14 +469,14 @@ def train(s, world):
     finite, stop, metrics = Finite(world.device), Stop(world), Metrics(Path(s.out) / "metrics_dit.csv", world, step)
     advice = "ways out: --qknorm, --grad-clip 1, a smaller --lr"
 
-    def save():
+    def save(to=path):
         finite.check(path, advice, run.params)
         if world.rank == 0:
             save_checkpoint({"stage": "dit", "step": step, "total_steps": total, "settings": asdict(s), "arch": arch, "objective": s.objective,
                              "model": run.model.state_dict(), "ema": run.ema.state_dict(), "optimizer": run.opt.state_dict(),
                              "classes": latents.classes, "num_classes": num_classes, "data": latents.meta.get("data", ""),
                              "image_size": latents.shape[1] * vae.f, "latents": dict(mean=mean, std=std, norm=s.latent_norm, shape=list(latents.shape)),
-                             "tokenizer": dict(fingerprint=mark, spec=tokenizer["spec"], path=s.vae, vf=tokenizer["settings"].get("vf", ""))}, path)
+                             "tokenizer": dict(fingerprint=mark, spec=tokenizer["spec"], path=s.vae, vf=tokenizer["settings"].get("vf", ""))}, to)
 
     if world.rank == 0:
         millions = sum(p.numel() for p in run.model.parameters()) / 1e6
@@ -512,11 +512,10 @@ def train(s, world):
                           images_per_s=speed, memory_gib=peak_memory(world.device))
             bar.set_postfix(loss=f"{values[0]:.3f}", mse=f"{values[1]:.3f}", img_s=f"{speed:.0f}")
         stopping = stop.agreed(now) and step < total
-        keep = s.keep_every and step % s.keep_every == 0
-        if stopping or keep or step % s.save_every == 0 or step == total:
+        if s.keep_every and step % s.keep_every == 0:
+            save(Path(s.out) / f"dit-{step}.pt")
+        if stopping or step % s.save_every == 0 or step == total:
             save()
-        if keep and world.rank == 0:
-            atomic_write(Path(s.out) / f"dit-{step}.pt", lambda f: f.write(path.read_bytes()))
         if stopping:
             return print(f"\nstopped after step {step} and saved {path}; the same command goes on from there") if world.rank == 0 else None
         if world.rank == 0 and (step == total or (s.sample_every and step % s.sample_every == 0)):

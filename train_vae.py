@@ -83,7 +83,8 @@ class Settings:
     mdms: bool = opt(True, "use the marginal distance matrix similarity loss, Eq. 3")
     vf_input: str = opt("model", "what F sees: normalised by its own mean and std, or [-1, 1] as in the authors' code", choices=("model", "authors"))
     teacher_steps: int = opt(400, "training steps of the stand-in foundation model of --vf mini")
-    teacher: str = opt("", "file of the stand-in; one that exists is taken as it is, so that runs share it; default OUT/teacher.pt, made for this run")
+    teacher: str = opt("", "file of the stand-in; one that exists is taken as it is, so that runs share it; default OUT/teacher.pt, made for this run",
+                       same=False)
     # the schedule [Sec. 5.1]: "we scale the learning rate and global batch size to 1e-4 and 256"
     batch_size: int = opt(256, "images a step, over all processes")
     lr: float = opt(1e-4, "learning rate of Adam, betas (0.5, 0.9), constant")
@@ -591,7 +592,8 @@ def center_crop(image, size):
     return np.array(image.crop((left, top, left + size, top + size)))
 
 
-SHAPES_TRAIN, SHAPES_TEST = 10_000, 2_000                                      # built-in images: test indices follow the training ones
+# Built-in images: set 0 whatever the --seed, so that scores of runs with several seeds compare; test indices follow the training ones.
+SHAPES_TRAIN, SHAPES_TEST = 10_000, 2_000
 
 
 class Images(Dataset):
@@ -600,8 +602,8 @@ class Images(Dataset):
     If all fit into 1 GiB they are decoded once into memory. DataError names an empty class folder, a missing data set or an unreadable file.
     """
 
-    def __init__(self, data, split, image_size, seed=0):
-        self.data, self.size, self.seed, self.memory = data, image_size, seed, None
+    def __init__(self, data, split, image_size):
+        self.data, self.size, self.memory = data, image_size, None
         if data == "shapes":
             start, n = (0, SHAPES_TRAIN) if split == "train" else (SHAPES_TRAIN, SHAPES_TEST)
             self.items, self.classes = range(start, start + n), list(SHAPES)
@@ -656,7 +658,7 @@ class Images(Dataset):
 
     def load(self, i):
         if self.data == "shapes":
-            image = Image.fromarray(draw_shape(self.seed, self.items[i])[0])
+            image = Image.fromarray(draw_shape(0, self.items[i])[0])
         else:
             try:
                 image = self.source[self.items[i]][0]
@@ -921,7 +923,7 @@ def train(s, world):
     if state and state["step"] == state["total_steps"]:
         return print(f"{path} is finished ({state['step']} steps); --fresh starts over, another --out keeps it")
     with first_alone(world):
-        images, test = (Images(s.data, split, s.image_size, s.seed) for split in ("train", "test"))
+        images, test = (Images(s.data, split, s.image_size) for split in ("train", "test"))
     stages = schedule(s, len(images))
     total, step = sum(stage.steps for stage in stages), state["step"] if state else 0
     run = build(s, images, world)

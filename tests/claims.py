@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -49,11 +50,13 @@ DIT = f"--patch-size 2 --lr 1e-3 --steps {STEPS} --sample-every 0 --save-every {
 SIZES = ("mini-XS", "mini")
 # name: (tokenizer, flags of train_dit.py). In Table 1 the last row goes from f8d4 in tokens of 2x2 to f16d32 in tokens of 1x1: as many tokens, twice
 # the f. So here: from f2d4 to f4d16. Rows 0 and 1 have a quarter of the batch and so four times the steps: the same number of images.
-EPOCHS = "--sample-every 0 --save-every 1000"
+# Row 8 is the base row d4-none itself.
+LADDER_ROW = [f"ladder-{i}" if i != 8 else "d4-none" for i in range(10)]
+LADDER_CONDUCT = "--sample-every 0 --save-every 1000"
 ROWS = {
     **{name: (name, DIT) for name in TOKENIZERS if name != "f4d16-vf"},
     **{f"{WIDEST}-{vf}+{size}": (f"{WIDEST}-{vf}", f"{DIT} --size {size}") for size in SIZES for vf in ("none", "vf")},
-    **{f"ladder-{i}": ("d4-none" if i < 9 else "f4d16-vf", f"--preset mini-table1-{i} {EPOCHS} --steps {STEPS * (4 if i < 2 else 1)}") for i in range(10)},
+    **{f"ladder-{i}": ("d4-none" if i < 9 else "f4d16-vf", f"--preset mini-table1-{i} {LADDER_CONDUCT} --steps {STEPS * (4 if i < 2 else 1)}") for i in range(10) if i != 8},
 }
 # The order of the whole study: what matters most first, so that it can be stopped at any time; and tokenizers before the rows that use them.
 ORDER = sorted(ROWS, key=lambda row: (ROWS[row][0] != row, row not in (f"{d}-{vf}" for d in (WIDEST, f"d{WIDTHS[0]}") for vf in ("none", "vf"))))
@@ -74,7 +77,11 @@ def call(script, flags):
 def run(script, flags):
     """That command line, in this process: starting Python and torch anew for each of some ten commands a row would cost a minute."""
     module, settings, world = call(script, flags)
-    module.main(settings, world)
+    try:
+        module.main(settings, world)
+    finally:                                                                   # training has taken these two; the rest of a row may be stopped at once
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if script.startswith("train"):                                             # Ctrl-C and SIGTERM save and return
         state = module.torch_load(f"{settings.out}/{script[6:]}.pt")
         if state["step"] < state["total_steps"]:
@@ -85,12 +92,14 @@ def folder(out, data, row="", seed=0):
     return Path(out) / Path(data).name / row / (f"seed{seed}" if row else "shared")
 
 
-def common(out, data):
-    """Flags that all rows of a data set share: one teacher, as there is one DINOv2, and one score network."""
-    return f"--data {shlex.quote(data)} {TOKENIZER} --teacher {shlex.quote(str(folder(out, data) / 'teacher.pt'))} --teacher-steps {FROZEN['teacher']}"
+def tokenizer_flags(out, data, name):
+    """Flags of a tokenizer. One teacher for all rows and seeds of a data set, as there is one DINOv2; another where the latent's grid is another."""
+    teacher = folder(out, data) / f"teacher-f{4 if 'f4' in TOKENIZERS[name] else 2}.pt"
+    return f"--data {shlex.quote(data)} {TOKENIZER} --teacher {shlex.quote(str(teacher))} --teacher-steps {FROZEN['teacher']} {TOKENIZERS[name]}"
 
 
 def score_flags(out, data, steps=None, cache="shared"):
+    """Flags of fid.py: one score network for all rows and seeds of a data set, in `cache`."""
     steps = FROZEN["score_net"] if steps is None else steps
     return (f"--data {shlex.quote(data)} --image-size 16 --steps {steps} "
             f"--cache {shlex.quote(str(folder(out, data).with_name(cache)))}")
@@ -99,10 +108,10 @@ def score_flags(out, data, steps=None, cache="shared"):
 def prepare(out, data):
     """The frozen networks of a data set: the teachers (of stride 2 and 4) and the score network."""
     import train_vae
-    for f, spec, name in ((2, f"mini-f2{WIDEST}", "teacher.pt"), (4, "mini-f4d16", "teacher-f4.pt")):
-        if not (folder(out, data) / name).exists():
-            _, s, world = call("train_vae", f"{common(out, data).replace('teacher.pt', name)} --spec {spec} --out {shlex.quote(str(folder(out, data)))}")
-            train_vae.mini_teacher(s, train_vae.Images(s.data, "train", s.image_size, s.seed), f, world)
+    for f, name in ((2, f"{WIDEST}-vf"), (4, "f4d16-vf")):
+        if not (folder(out, data) / f"teacher-f{f}.pt").exists():
+            _, s, world = call("train_vae", f"{tokenizer_flags(out, data, name)} --out {shlex.quote(str(folder(out, data)))}")
+            train_vae.mini_teacher(s, train_vae.Images(s.data, "train", s.image_size), f, world)
     if not (folder(out, data) / "score_net.pt").exists():
         fid, s, world = call("fid", f"{score_flags(out, data)} --out {shlex.quote(str(folder(out, data)))}")
         fid.feature_network(s, {}, world.device)
@@ -117,16 +126,17 @@ def run_row(out, row, data, seed):
         measure(out, row, data, seed)
         return print(f"{home} is finished")
     quoted = {name: shlex.quote(str(path)) for name, path in (("home", home), ("vae", vae_home / "vae.pt"), ("vae_home", vae_home))}
-    flags = common(out, data) if "f4" not in tokenizer else common(out, data).replace("teacher.pt", "teacher-f4.pt")
-    run("train_vae", f"{flags} {TOKENIZERS[tokenizer]} --seed {seed} --out {quoted['vae_home']}")
-    curve = f"--keep-every {EVERY}" if WIDEST in row and "+" not in row else ""
+    run("train_vae", f"{tokenizer_flags(out, data, tokenizer)} --seed {seed} --out {quoted['vae_home']}")
+    curve = f"--keep-every {EVERY}" if row in (f"{WIDEST}-none", f"{WIDEST}-vf") else ""
     run("train_dit", f"{dit_flags} {curve} --vae {quoted['vae']} --seed {seed} --out {quoted['home']}")
     for step in range(EVERY, STEPS, EVERY) if curve else ():                   # [Fig. 4a, b]
         at = shlex.quote(str(home / f"step{step}"))
-        draw(quoted["home"] + f"/dit-{step}.pt", quoted["vae"], at, seed)
-        run("fid", f"{score_flags(out, data)} --samples {at}/samples.npz --out {at}")
-        (home / f"step{step}" / "samples.npz").unlink()
-        (home / f"dit-{step}.pt").unlink()
+        if not (home / f"step{step}" / "scores.json").exists():
+            draw(quoted["home"] + f"/dit-{step}.pt", quoted["vae"], at, seed)
+            run("fid", f"{score_flags(out, data)} --samples {at}/samples.npz --out {at}")
+        for file in (home / f"step{step}" / "samples.npz", home / f"dit-{step}.pt"):
+            file.unlink(missing_ok=True)
+    (home / f"dit-{STEPS}.pt").unlink(missing_ok=True)                         # the same as dit.pt
     draw(quoted["home"] + "/dit.pt", quoted["vae"], quoted["home"], seed)
     run("fid", f"{score_flags(out, data)} --samples {quoted['home']}/samples.npz --vae {quoted['vae']} --out {quoted['home']}")
     measure(out, row, data, seed)
@@ -162,11 +172,12 @@ def study(out, rows, datas, seeds, jobs):
         print(f"{home}: {'done' if rc == 0 else f'FAILED, see {home}/log.txt'}", flush=True)
         return rc
 
+    rows = set(rows) | {ROWS[row][0] for row in rows} & set(ROWS)              # the tokenizers that they use
     phases = [[(row, data, seed) for seed in seeds for data in datas for row in ORDER if row in rows and (ROWS[row][0] == row) == own] for own in (True, False)]
     with ThreadPoolExecutor(jobs) as pool:
-        failed = sum(rc != 0 for phase in phases for rc in list(pool.map(one, phase)))
-    if failed:
-        sys.exit(f"{failed} rows failed")
+        for phase in phases:
+            if failed := sum(rc != 0 for rc in pool.map(one, phase)):
+                sys.exit(f"{failed} rows failed; the same command tries them again")
 
 
 # --- Report -------------------------------------------------------------------------------------------------------------------------------------------
@@ -241,7 +252,8 @@ def table(head, rows):
 
 
 def report(out):
-    """Markdown of all claims, from whatever rows are there; then the plots."""
+    """Markdown of all claims, from whatever rows are there; then the plots. ± behind a mean is the standard deviation over seeds (spread), behind a
+    change in per cent the standard error of the paired changes (change)."""
     found = [Results(p) for p in sorted(out.glob("*")) if (p / "shared").exists()]
     if not found:
         sys.exit(f"{out} holds no runs: python tests/claims.py makes them")
@@ -255,16 +267,19 @@ def report(out):
                 rows.append((r.name, d, row.split("-")[1], spread(r.rfid(row).values()), spread(r.psnr(row).values()), spread(r.gfid(row).values()),
                              "" if row == none else change(r.gfid(none), r.gfid(vf)), control, len(r.gfid(row))))
     print(table(("images", "d", "VF loss", "mini-rFID", "PSNR, dB", "mini-gFID", "VF loss changes it by", "control: by", "seeds"), rows))
-    print("C3: convergence at the widest latent [Fig. 4a, b]\n")
+    for r in found:
+        print(f"{r.name}: mini-FID of real test images {spread(r.all(f'{WIDEST}-none', 'scores.json', 'real', 'values', 'mini-FID').values())}")
+    print()
+    print("C3: convergence at the widest latent [Fig. 4a, b]: the step at which a curve first comes down to the plain latents' final mini-gFID, by seed\n")
     rows = []
     for r in found:
-        none, vf, speed, steps = r.gfid(f"{WIDEST}-none"), r.gfid(f"{WIDEST}-vf"), [], []
-        for seed in sorted(none.keys() & vf.keys()):
-            at = reached(r.curve(f"{WIDEST}-vf", seed), none[seed])
-            steps.append("never" if at is None else f"{at:.0f}")
-            speed.append(None if at is None else STEPS / at)
-        rows.append((r.name, STEPS, ", ".join(steps), spread(speed)))
-    print(table(("images", "steps of the plain latents", "steps with VF loss to the same mini-gFID, by seed", "times faster"), rows))
+        none, vf = r.gfid(f"{WIDEST}-none"), r.gfid(f"{WIDEST}-vf")
+        seeds = sorted(none.keys() & vf.keys())
+        at = {v: [reached(r.curve(f"{WIDEST}-{v}", seed), none[seed]) for seed in seeds] for v in ("none", "vf")}
+        text = {v: ", ".join("never" if x is None else f"{x:.0f}" for x in at[v]) for v in at}
+        fair = [n / v for n, v in zip(at["none"], at["vf"])] if None not in at["vf"] else []   # a mean without the seeds that never came there would flatter
+        rows.append((r.name, STEPS, text["none"], text["vf"], spread([STEPS / v for v in at["vf"]] if fair else []), spread(fair)))
+    print(table(("images", "steps trained", "plain", "VF loss", "trained / VF loss", "plain / VF loss"), rows))
     print("C4: size of LightningDiT, mini-gFID [Fig. 4c]\n")
     rows = []
     for r in found:
@@ -284,15 +299,16 @@ def report(out):
             cv, gini, entropy = ({k: v[0] for k, v in r.all(row, "uniformity.json", key).items()} for key in ("density cv", "gini", "normalized entropy"))
             rows.append((r.name, row, spread(cv.values()), spread(gini.values()), spread(entropy.values(), 4), spread(r.gfid(row).values()), len(cv)))
             if row.startswith(WIDEST):
-                points.setdefault(r.name, []).extend((cv[k], r.gfid(row)[k]) for k in cv.keys() & r.gfid(row).keys())
+                points.setdefault(r.name, []).extend([(np.mean(list(cv.values())), np.mean(list(r.gfid(row).values())))] if cv else [])
     print(table(("images", "tokenizer", "density cv", "Gini", "normalized entropy", "mini-gFID", "seeds"), rows))
     for name, pairs in points.items():
         if len(pairs) > 2:
-            print(f"{name}: correlation of density cv and mini-gFID over {len(pairs)} tokenizers of {WIDEST}: r = {np.corrcoef(np.array(pairs).T)[0, 1]:.2f}")
+            print(f"{name}: correlation of density cv and mini-gFID over the {len(pairs)} settings of {WIDEST} (means over seeds): r = {np.corrcoef(np.array(pairs).T)[0, 1]:.2f}")
     print("\nC7: the ladder of Table 1\n")
     from train_dit import LADDER
-    rows = [(f"ladder-{i}", LADDER[i][0], *(spread(r.gfid(f"ladder-{i}").values()) for r in found), f"{LADDER[i][2]:.2f}") for i in range(10)]
-    print(table(("row", "trick", *(f"mini-gFID, {r.name} ({len(r.gfid('ladder-0'))} seeds)" for r in found), "paper's FID"), rows))
+    rows = [(f"ladder-{i}", LADDER[i][0], *(f"{spread(r.gfid(LADDER_ROW[i]).values())} ({len(r.gfid(LADDER_ROW[i]))})" for r in found), f"{LADDER[i][2]:.2f}")
+            for i in range(10)]
+    print(table(("row", "trick", *(f"mini-gFID, {r.name} (seeds)" for r in found), "paper's FID"), rows))
     plots(found)
 
 
@@ -312,11 +328,13 @@ def plots(found):
                 if points:
                     axis.errorbar([d for d, _ in points], [np.mean(v) for _, v in points], [np.std(v, ddof=1) if len(v) > 1 else 0 for _, v in points],
                                   color=colours[vf], marker="o", capsize=4, label=label)
-                axis.set(xscale="log", xlabel="latent width d", title=f"{r.name}: {title}", xticks=WIDTHS, xticklabels=WIDTHS, ylim=(0, None))
+                axis.set(xscale="log", xlabel="latent width d", title=f"{r.name}: {title}", xticks=WIDTHS, xticklabels=WIDTHS)
                 axis.minorticks_off()
             for k, seed in enumerate(r.gfid(f"{WIDEST}-{vf}")):
                 right.plot(*zip(*r.curve(f"{WIDEST}-{vf}", seed)), color=colours[vf], marker=".", label=label if k == 0 else None)
         right.set(xlabel="steps of LightningDiT", title=f"{r.name}: mini-gFID at d = {WIDTHS[-1]}", yscale="log")
+        for axis in (left, middle):
+            axis.set_ylim(0)                                                   # after both lines, or the second is cut off
         left.legend()
         right.legend()
     (ROOT / "assets").mkdir(exist_ok=True)
@@ -347,15 +365,19 @@ def main():
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="rows at once, about 1 GiB each (default: as many as cores)")
     parser.add_argument("--report", action="store_true", help="print the tables of what is there and draw the plots")
     a = parser.parse_args()
-    datas = a.data or ["shapes"]
+    datas = list(dict.fromkeys(a.data or ["shapes"]))
     if a.report:
         report(Path(a.out))
         return
-    rows, seeds = a.row or ORDER, a.seed or ([0] if a.row else [0, 1, 2])
-    if (len(rows), len(datas), len(seeds)) == (1, 1, 1):
-        run_row(a.out, rows[0], datas[0], seeds[0])
-    else:
-        study(a.out, rows, datas, seeds, a.jobs)
+    import train_vae
+    rows, seeds = list(dict.fromkeys(a.row or ORDER)), sorted(set(a.seed or ([0] if a.row else [0, 1, 2])))
+    try:
+        if (len(rows), len(datas), len(seeds)) == (1, 1, 1):
+            run_row(a.out, rows[0], datas[0], seeds[0])
+        else:
+            study(a.out, rows, datas, seeds, a.jobs)
+    except (train_vae.DataError, ValueError) as error:
+        train_vae.fail(str(error))
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def test_a_row_leaves_its_scores_and_is_not_done_twice(study, photos, capsys):
 def test_all_rows_share_one_teacher_and_one_score_network(study):
     networks = {json.loads(p.read_text())["network"] for p in (study / "photos").glob("*/seed*/scores.json")}
     assert len(networks) == 1
-    assert [p.parent.name for p in (study / "photos").rglob("teacher.pt")] == ["shared"]
+    assert [p.parent.name for p in (study / "photos").rglob("teacher*.pt")] == ["shared"] * 2
 
 
 def test_report(study, capsys, monkeypatch, tmp_path):
@@ -91,11 +91,11 @@ def test_reached(target, step):
 def test_a_teacher_file_is_taken_as_it_is(study, photos, tmp_path):
     """--teacher: another seed and another number of steps change nothing; a stride that does not fit ends in one line."""
     shared = study / "photos" / "shared"
-    s = train_vae.parse_settings(train_vae.Settings, train_vae.PRESETS, "", ["--data", str(photos), "--image-size", "16", "--teacher", str(shared / "teacher.pt"),
+    s = train_vae.parse_settings(train_vae.Settings, train_vae.PRESETS, "", ["--data", str(photos), "--image-size", "16", "--teacher", str(shared / "teacher-f2.pt"),
                                                                              "--teacher-steps", "9", "--seed", "5", "--out", str(tmp_path)])
     world = train_vae.World(0, 1, torch.device("cpu"))
-    net = train_vae.mini_teacher(s, train_vae.Images(s.data, "train", 16, 5), 2, world)
-    saved = torch.load(shared / "teacher.pt", weights_only=True)["state_dict"]
+    net = train_vae.mini_teacher(s, train_vae.Images(s.data, "train", 16), 2, world)
+    saved = torch.load(shared / "teacher-f2.pt", weights_only=True)["state_dict"]
     assert all(torch.equal(v, saved[k]) for k, v in net.state_dict().items())
     with pytest.raises(SystemExit, match="stride 2"):
-        train_vae.mini_teacher(s, train_vae.Images(s.data, "train", 16, 5), 4, world)
+        train_vae.mini_teacher(s, train_vae.Images(s.data, "train", 16), 4, world)

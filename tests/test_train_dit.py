@@ -496,7 +496,7 @@ def test_extracted_latents_are_the_stated_samples(few_shapes, tokenizer, tmp_pat
     file = np.load(tmp_path / "l" / "latents.npy")
     assert file.shape == (23, 2, 4, 8, 8) and file.dtype == np.float16 and sorted(p.name for p in (tmp_path / "l").iterdir()) == [
         "labels.npy", "latents.json", "latents.npy"]
-    images = Images("shapes", "train", 32, 4)
+    images = Images("shapes", "train", 32)
     assert np.load(tmp_path / "l" / "labels.npy").tolist() == images.labels.tolist() == [i % 10 for i in range(23)]
     for i in range(23):                                                                 # image by image; noise: of (seed, chunk), plain before flipped
         chunk, place = divmod(i, 5)
