@@ -45,8 +45,8 @@ def test_rows_are_fair():
         assert claims.TOKENIZERS[f"d{d}-vf"].replace(claims.VF, "--vf none") == claims.TOKENIZERS[f"d{d}-none"]
     assert {flags for name, (tokenizer, flags) in claims.ROWS.items() if name == tokenizer} == {claims.DIT}
     from train_dit import PRESETS
-    images = {PRESETS[f"mini-table1-{i}"]["batch_size"] * int(claims.ROWS[f"ladder-{i}"][1].split("--steps ")[1]) for i in range(10)}
-    assert len(images) == 1
+    images = {PRESETS[f"mini-table1-{i}"]["batch_size"] * int(claims.ROWS[f"ladder-{i}"][1].split("--steps ")[1]) for i in range(10) if i != 8}
+    assert images == {PRESETS["mini"]["batch_size"] * claims.STEPS}                     # row 8 is d4-none, which trains so
     assert set(claims.ORDER) == set(claims.ROWS)
 
 

@@ -500,7 +500,7 @@ def test_resume_lists_what_differs(tmp_path):
     older = torch.load(path, weights_only=True)
     del older["settings"]["warmup"]                                                    # written before there was such a setting
     save_checkpoint(older, path)
-    assert resume(path, "vae", s, ONE)["step"] == 4
+    assert resume(path, "vae", parse("--out", tmp_path, "--warmup", 0), ONE)["step"] == 4   # so it had none, its default
     assert "--warmup 7 (checkpoint: 0)" in error(resume, path, "vae", parse("--out", tmp_path, "--warmup", 7), ONE)
     assert "another kind (vae, not dit)" in error(resume, path, "dit", s, ONE)
     learned = {"seed", "spec", "batch_size", "lr", "vf", "vf_weight", "cos_margin", "mdms_margin", "mcos", "mdms", "stages", "epochs", "warmup", "steps", "data",
