@@ -10,6 +10,7 @@ A row is called by its tokenizer and, where it differs, its LightningDiT:
     d4-none d16-none d64-none    C1: latents of three widths, plain                       [Fig. 1, Table 2]
     d4-vf d16-vf d64-vf          C2: the same with VF loss; C3: their curves at d = 64     [Table 2; Fig. 4a, b]
     d64-none+mini-XS ...         C4: a smaller and a larger LightningDiT                  [Fig. 4c]
+    d64-other                    a control of C2: the teacher has learned from the other data set's images and labels
     d64-margins, -mcos, -mdms    C5: with the paper's margins; one loss alone, half the weight   [Table 5]
     (all tokenizers)             C6: uniformity of the latents                            [Table 6]
     ladder-0 ... ladder-9        C7: the tricks of Table 1, one after another
@@ -41,6 +42,7 @@ VF = "--vf mini --vf-weight 0.5 --cos-margin 0 --mdms-margin 0"
 TOKENIZERS = {
     **{f"d{d}-none": f"--spec mini-f2d{d} --vf none" for d in WIDTHS},
     **{f"d{d}-vf": f"--spec mini-f2d{d} {VF}" for d in WIDTHS},
+    f"{WIDEST}-other": f"--spec mini-f2{WIDEST} {VF}",
     f"{WIDEST}-margins": f"--spec mini-f2{WIDEST} {VF} --cos-margin 0.5 --mdms-margin 0.25",
     f"{WIDEST}-mcos": f"--spec mini-f2{WIDEST} {VF} --no-mdms --vf-weight 0.25",
     f"{WIDEST}-mdms": f"--spec mini-f2{WIDEST} {VF} --no-mcos --vf-weight 0.25",
@@ -92,9 +94,15 @@ def folder(out, data, row="", seed=0):
     return Path(out) / Path(data).name / row / (f"seed{seed}" if row else "shared")
 
 
+def foreign_teacher(out, data):
+    """The teacher of another data set, for d64-other; None if no other has been studied yet."""
+    own = folder(out, data) / "teacher-f2.pt"
+    return next((path for path in sorted(Path(out).glob(f"*/shared/{own.name}")) if path != own), None)
+
+
 def tokenizer_flags(out, data, name):
     """Flags of a tokenizer. One teacher for all rows and seeds of a data set, as there is one DINOv2; another where the latent's grid is another."""
-    teacher = folder(out, data) / f"teacher-f{4 if 'f4' in TOKENIZERS[name] else 2}.pt"
+    teacher = foreign_teacher(out, data) if name.endswith("-other") else folder(out, data) / f"teacher-f{4 if 'f4' in TOKENIZERS[name] else 2}.pt"
     return f"--data {shlex.quote(data)} {TOKENIZER} --teacher {shlex.quote(str(teacher))} --teacher-steps {FROZEN['teacher']} {TOKENIZERS[name]}"
 
 
@@ -120,6 +128,8 @@ def prepare(out, data):
 def run_row(out, row, data, seed):
     """Tokenizer, LightningDiT, samples and scores of one row; what is finished is left as it is."""
     prepare(out, data)
+    if row.endswith("-other") and not foreign_teacher(out, data):
+        raise ValueError(f"row {row} needs the teacher of another data set in {out}: run any row of another --data first")
     tokenizer, dit_flags = ROWS[row]
     home, vae_home = folder(out, data, row, seed), folder(out, data, tokenizer, seed)
     if (home / "scores.json").exists():
@@ -173,6 +183,8 @@ def study(out, rows, datas, seeds, jobs):
         return rc
 
     rows = set(rows) | {ROWS[row][0] for row in rows} & set(ROWS)              # the tokenizers that they use
+    if not foreign_teacher(out, datas[0]):                                     # one data set alone has no such control
+        rows -= {f"{WIDEST}-other"}
     phases = [[(row, data, seed) for seed in seeds for data in datas for row in ORDER if row in rows and (ROWS[row][0] == row) == own] for own in (True, False)]
     with ThreadPoolExecutor(jobs) as pool:
         for phase in phases:
@@ -257,7 +269,7 @@ def report(out):
     found = [Results(p) for p in sorted(out.glob("*")) if (p / "shared").exists()]
     if not found:
         sys.exit(f"{out} holds no runs: python tests/claims.py makes them")
-    print("C1 and C2: width and VF loss [Table 2]\n")
+    print("### C1 and C2: width and VF loss [Table 2]\n")
     rows = []
     for r in found:
         for d in WIDTHS:
@@ -266,11 +278,16 @@ def report(out):
                 control = "" if row == none else change(r.control(none), r.control(vf))
                 rows.append((r.name, d, row.split("-")[1], spread(r.rfid(row).values()), spread(r.psnr(row).values()), spread(r.gfid(row).values()),
                              "" if row == none else change(r.gfid(none), r.gfid(vf)), control, len(r.gfid(row))))
-    print(table(("images", "d", "VF loss", "mini-rFID", "PSNR, dB", "mini-gFID", "VF loss changes it by", "control: by", "seeds"), rows))
+    print(table(("images", "d", "VF loss", "mini-rFID", "PSNR, dB", "mini-gFID", "VF loss changes it by", "in untrained features by", "seeds"), rows))
+    print("The controls, d = 64: what VF loss changes mini-gFID by\n")
+    none, vf, other = (f"{WIDEST}-{name}" for name in ("none", "vf", "other"))
+    rows = [(r.name, change(r.gfid(none), r.gfid(vf)), change(r.gfid(none), r.gfid(other)), change(r.control(none), r.control(vf)),
+             change(r.control(none), r.control(other)), len(r.gfid(other))) for r in found]
+    print(table(("images", "own teacher", "the other's teacher", "own teacher, untrained features", "the other's teacher, untrained features", "seeds of the other's"), rows))
     for r in found:
         print(f"{r.name}: mini-FID of real test images {spread(r.all(f'{WIDEST}-none', 'scores.json', 'real', 'values', 'mini-FID').values())}")
     print()
-    print("C3: convergence at the widest latent [Fig. 4a, b]: the step at which a curve first comes down to the plain latents' final mini-gFID, by seed\n")
+    print("### C3: convergence at the widest latent [Fig. 4a, b]: the step at which a curve first comes down to the plain latents' final mini-gFID, by seed\n")
     rows = []
     for r in found:
         none, vf = r.gfid(f"{WIDEST}-none"), r.gfid(f"{WIDEST}-vf")
@@ -280,19 +297,19 @@ def report(out):
         fair = [n / v for n, v in zip(at["none"], at["vf"])] if None not in at["vf"] else []   # a mean without the seeds that never came there would flatter
         rows.append((r.name, STEPS, text["none"], text["vf"], spread([STEPS / v for v in at["vf"]] if fair else []), spread(fair)))
     print(table(("images", "steps trained", "plain", "VF loss", "trained / VF loss", "plain / VF loss"), rows))
-    print("C4: size of LightningDiT, mini-gFID [Fig. 4c]\n")
+    print("### C4: size of LightningDiT, mini-gFID [Fig. 4c]\n")
     rows = []
     for r in found:
         for size in ("mini-XS", "mini-S", "mini"):
             none, vf = (r.gfid(f"{WIDEST}-{v}" + ("" if size == "mini-S" else f"+{size}")) for v in ("none", "vf"))
             rows.append((r.name, size, spread(none.values()), spread(vf.values()), change(none, vf), min(len(none), len(vf))))
     print(table(("images", "size", "plain", "VF loss", "change", "seeds"), rows))
-    print("C5: ingredients [Table 5]\n")
+    print("### C5: ingredients [Table 5]\n")
     settings = (("none", "no VF loss"), ("mdms", "Eq. 3 alone (without mcos)"), ("mcos", "Eq. 2 alone (without mdms)"), ("vf", "both, without margins"), ("margins", "both, the paper's margins"))
     rows = [(r.name, text, spread(r.rfid(f"{WIDEST}-{name}").values()), spread(r.gfid(f"{WIDEST}-{name}").values()), len(r.gfid(f"{WIDEST}-{name}")))
             for r in found for name, text in settings]
     print(table(("images", "setting", "mini-rFID", "mini-gFID", "seeds"), rows))
-    print("C6: uniformity of the latents [Table 6], two principal components instead of t-SNE\n")
+    print("### C6: uniformity of the latents [Table 6], two principal components instead of t-SNE\n")
     rows, points = [], {}
     for r in found:
         for row in (*(f"{WIDEST}-{name}" for name, _ in settings), *(f"d{d}-{v}" for d in WIDTHS[:-1] for v in ("none", "vf"))):
@@ -304,7 +321,7 @@ def report(out):
     for name, pairs in points.items():
         if len(pairs) > 2:
             print(f"{name}: correlation of density cv and mini-gFID over the {len(pairs)} settings of {WIDEST} (means over seeds): r = {np.corrcoef(np.array(pairs).T)[0, 1]:.2f}")
-    print("\nC7: the ladder of Table 1\n")
+    print("\n### C7: the ladder of Table 1\n")
     from train_dit import LADDER
     rows = [(f"ladder-{i}", LADDER[i][0], *(f"{spread(r.gfid(LADDER_ROW[i]).values())} ({len(r.gfid(LADDER_ROW[i]))})" for r in found), f"{LADDER[i][2]:.2f}")
             for i in range(10)]

@@ -1,5 +1,6 @@
 """The study of the paper's claims: its rows, its report, and the flags of the scripts that it lives on."""
 import json
+import shutil
 
 import claims
 import numpy as np
@@ -67,6 +68,18 @@ def test_all_rows_share_one_teacher_and_one_score_network(study):
     networks = {json.loads(p.read_text())["network"] for p in (study / "photos").glob("*/seed*/scores.json")}
     assert len(networks) == 1
     assert [p.parent.name for p in (study / "photos").rglob("teacher*.pt")] == ["shared"] * 2
+
+
+def test_the_control_s_teacher_is_the_other_data_set_s(study, tmp_path):
+    own = study / "photos" / "shared" / "teacher-f2.pt"
+    assert f"--teacher {own} " in claims.tokenizer_flags(study, "photos", "d64-vf")
+    assert claims.foreign_teacher(study, "photos") is None and claims.foreign_teacher(study, "elsewhere/shapes") == own
+    assert f"--teacher {own} " in claims.tokenizer_flags(study, "elsewhere/shapes", "d64-other")
+    train_vae.save_checkpoint({"stage": "teacher"}, study / "a" / "shared" / "teacher-f2.pt")
+    assert claims.foreign_teacher(study, "photos") == study / "a" / "shared" / "teacher-f2.pt"
+    shutil.rmtree(study / "a")
+    with pytest.raises(ValueError, match="another --data"):
+        claims.run_row(study, "d64-other", str(study / "photos"), 0)
 
 
 def test_report(study, capsys, monkeypatch, tmp_path):
