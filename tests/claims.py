@@ -4,16 +4,17 @@ Not a pytest file: the scripts' own command lines, run for every row, data set a
 
     python tests/claims.py --row d64-vf --data shapes --seed 0     # one row: its tokenizer, LightningDiT, samples, scores; what it needs first, too
     python tests/claims.py --data shapes --data cifar10 --jobs 2   # the whole study; rows that are finished are skipped, so the same command resumes
-    python tests/claims.py --report                                # tables of what is there; plots to assets/ (needs matplotlib)
+    python tests/claims.py --report                                # tables of what is there, and plots (which need matplotlib)
 
 A row is called by its tokenizer and, where it differs, its LightningDiT:
     d4-none d16-none d64-none    C1: latents of three widths, plain                       [Fig. 1, Table 2]
     d4-vf d16-vf d64-vf          C2: the same with VF loss; C3: their curves at d = 64     [Table 2; Fig. 4a, b]
     d64-none+mini-XS ...         C4: a smaller and a larger LightningDiT                  [Fig. 4c]
     d64-other                    a control of C2: the teacher has learned from the other data set's images and labels
-    d64-margins, -mcos, -mdms    C5: with the paper's margins; one loss alone, half the weight   [Table 5]
+    d64-margins                  C5: with the paper's margins                             [Table 5]
+    d64-only-mcos, -only-mdms    C5: one of the two losses alone, at half the weight      [Table 5: "- mdms loss", "- mcos loss"]
     (all tokenizers)             C6: uniformity of the latents                            [Table 6]
-    ladder-0 ... ladder-9        C7: the tricks of Table 1, one after another
+    ladder-0 ... ladder-9        C7: the tricks of Table 1, one after another; row 8 is d4-none
 """
 import argparse
 import json
@@ -32,23 +33,36 @@ sys.path.insert(0, str(ROOT))
 
 WIDTHS = (4, 16, 64)
 WIDEST = f"d{WIDTHS[-1]}"
-STEPS, EVERY, SAMPLES = 750, 150, 1500                                         # of LightningDiT: steps, steps between scores of a curve, samples
+SAMPLES, POINTS = 1500, 5                                                      # samples behind every score; scores on a curve
 FROZEN = dict(teacher=300, score_net=400)                                      # training steps of the two stand-ins
-# One design for all rows: 16x16 images, f = 2, latents of 8x8 positions in tokens of 2x2, normalised per channel; the same number of steps for all
+
+
+
+def design(data):
+    """What the two kinds of images need differently, the same for all rows of one: steps of LightningDiT, weight of VF loss (README: what was tried).
+
+    At d = 64 mini-gFID of the photos has done most of its way after 300 steps; that of the shapes stays above 24 for 750 and then falls to half. At
+    weight 0.5 the wide tokenizer of the shapes loses 2 dB, that of the photos half a dB.
+    """
+    steps, weight = (1250, 0.25) if Path(data).name == "shapes" else (750, 0.5)
+    return dict(steps=steps, ladder_steps=4 * steps, every=steps // POINTS, weight=weight, half=weight / 2)
+
+
+# One design for all rows, filled in by design(): 16x16 images, f = 2, latents of 8x8 positions in tokens of 2x2, normalised per channel; the same number of steps for all
 # tokenizers, the same LightningDiT and number of steps for all latents, no guidance. Plain L1 + KL tokenizers: 16 pixels are too few for the
 # discriminator, LPIPS would be a download.
 TOKENIZER = "--image-size 16 --disc-weight 0 --batch-size 16 --lr 1e-3 --warmup 100 --steps 800 --save-every 400"
-VF = "--vf mini --vf-weight 0.5 --cos-margin 0 --mdms-margin 0"
+VF = "--vf mini --vf-weight {weight} --cos-margin 0 --mdms-margin 0"
 TOKENIZERS = {
     **{f"d{d}-none": f"--spec mini-f2d{d} --vf none" for d in WIDTHS},
     **{f"d{d}-vf": f"--spec mini-f2d{d} {VF}" for d in WIDTHS},
     f"{WIDEST}-other": f"--spec mini-f2{WIDEST} {VF}",
     f"{WIDEST}-margins": f"--spec mini-f2{WIDEST} {VF} --cos-margin 0.5 --mdms-margin 0.25",
-    f"{WIDEST}-mcos": f"--spec mini-f2{WIDEST} {VF} --no-mdms --vf-weight 0.25",
-    f"{WIDEST}-mdms": f"--spec mini-f2{WIDEST} {VF} --no-mcos --vf-weight 0.25",
+    f"{WIDEST}-only-mcos": f"--spec mini-f2{WIDEST} {VF} --no-mdms --vf-weight {{half}}",
+    f"{WIDEST}-only-mdms": f"--spec mini-f2{WIDEST} {VF} --no-mcos --vf-weight {{half}}",
     "f4d16-vf": f"--spec mini-f4d16 {VF}",
 }
-DIT = f"--patch-size 2 --lr 1e-3 --steps {STEPS} --sample-every 0 --save-every {EVERY}"
+DIT = "--patch-size 2 --lr 1e-3 --steps {steps} --sample-every 0 --save-every {every}"
 SIZES = ("mini-XS", "mini")
 # name: (tokenizer, flags of train_dit.py). In Table 1 the last row goes from f8d4 in tokens of 2x2 to f16d32 in tokens of 1x1: as many tokens, twice
 # the f. So here: from f2d4 to f4d16. Rows 0 and 1 have a quarter of the batch and so four times the steps: the same number of images.
@@ -58,7 +72,7 @@ LADDER_CONDUCT = "--sample-every 0 --save-every 1000"
 ROWS = {
     **{name: (name, DIT) for name in TOKENIZERS if name != "f4d16-vf"},
     **{f"{WIDEST}-{vf}+{size}": (f"{WIDEST}-{vf}", f"{DIT} --size {size}") for size in SIZES for vf in ("none", "vf")},
-    **{f"ladder-{i}": ("d4-none" if i < 9 else "f4d16-vf", f"--preset mini-table1-{i} {LADDER_CONDUCT} --steps {STEPS * (4 if i < 2 else 1)}") for i in range(10) if i != 8},
+    **{f"ladder-{i}": ("d4-none" if i < 9 else "f4d16-vf", f"--preset mini-table1-{i} {LADDER_CONDUCT} --steps {{{'ladder_steps' if i < 2 else 'steps'}}}") for i in range(10) if i != 8},
 }
 # The order of the whole study: what matters most first, so that it can be stopped at any time; and tokenizers before the rows that use them.
 ORDER = sorted(ROWS, key=lambda row: (ROWS[row][0] != row, row not in (f"{d}-{vf}" for d in (WIDEST, f"d{WIDTHS[0]}") for vf in ("none", "vf"))))
@@ -103,7 +117,7 @@ def foreign_teacher(out, data):
 def tokenizer_flags(out, data, name):
     """Flags of a tokenizer. One teacher for all rows and seeds of a data set, as there is one DINOv2; another where the latent's grid is another."""
     teacher = foreign_teacher(out, data) if name.endswith("-other") else folder(out, data) / f"teacher-f{4 if 'f4' in TOKENIZERS[name] else 2}.pt"
-    return f"--data {shlex.quote(data)} {TOKENIZER} --teacher {shlex.quote(str(teacher))} --teacher-steps {FROZEN['teacher']} {TOKENIZERS[name]}"
+    return f"--data {shlex.quote(data)} {TOKENIZER} --teacher {shlex.quote(str(teacher))} --teacher-steps {FROZEN['teacher']} {TOKENIZERS[name].format(**design(data))}"
 
 
 def score_flags(out, data, steps=None, cache="shared"):
@@ -131,22 +145,29 @@ def run_row(out, row, data, seed):
     if row.endswith("-other") and not foreign_teacher(out, data):
         raise ValueError(f"row {row} needs the teacher of another data set in {out}: run any row of another --data first")
     tokenizer, dit_flags = ROWS[row]
+    plan = design(data)
     home, vae_home = folder(out, data, row, seed), folder(out, data, tokenizer, seed)
+    quoted = {name: shlex.quote(str(path)) for name, path in (("home", home), ("vae", vae_home / "vae.pt"), ("vae_home", vae_home))}
+    curve = f"--keep-every {plan['every']}" if row in (f"{WIDEST}-none", f"{WIDEST}-vf") else ""
+    commands = {"train_vae": f"{tokenizer_flags(out, data, tokenizer)} --seed {seed} --out {quoted['vae_home']}",
+                "train_dit": f"{dit_flags.format(**plan)} {curve} --vae {quoted['vae']} --seed {seed} --out {quoted['home']}"}
     if (home / "scores.json").exists():
+        import train_vae
+        for script, flags in commands.items():                                 # finished; an error if by another design
+            _, settings, world = call(script, flags)
+            train_vae.resume(Path(settings.out) / f"{script[6:]}.pt", script[6:], settings, world)
         measure(out, row, data, seed)
         return print(f"{home} is finished")
-    quoted = {name: shlex.quote(str(path)) for name, path in (("home", home), ("vae", vae_home / "vae.pt"), ("vae_home", vae_home))}
-    run("train_vae", f"{tokenizer_flags(out, data, tokenizer)} --seed {seed} --out {quoted['vae_home']}")
-    curve = f"--keep-every {EVERY}" if row in (f"{WIDEST}-none", f"{WIDEST}-vf") else ""
-    run("train_dit", f"{dit_flags} {curve} --vae {quoted['vae']} --seed {seed} --out {quoted['home']}")
-    for step in range(EVERY, STEPS, EVERY) if curve else ():                   # [Fig. 4a, b]
+    for script, flags in commands.items():
+        run(script, flags)
+    for step in range(plan["every"], plan["steps"], plan["every"]) if curve else ():                   # [Fig. 4a, b]
         at = shlex.quote(str(home / f"step{step}"))
         if not (home / f"step{step}" / "scores.json").exists():
             draw(quoted["home"] + f"/dit-{step}.pt", quoted["vae"], at, seed)
             run("fid", f"{score_flags(out, data)} --samples {at}/samples.npz --out {at}")
         for file in (home / f"step{step}" / "samples.npz", home / f"dit-{step}.pt"):
             file.unlink(missing_ok=True)
-    (home / f"dit-{STEPS}.pt").unlink(missing_ok=True)                         # the same as dit.pt
+    (home / f"dit-{plan['steps']}.pt").unlink(missing_ok=True)                         # the same as dit.pt
     draw(quoted["home"] + "/dit.pt", quoted["vae"], quoted["home"], seed)
     run("fid", f"{score_flags(out, data)} --samples {quoted['home']}/samples.npz --vae {quoted['vae']} --out {quoted['home']}")
     measure(out, row, data, seed)
@@ -172,24 +193,35 @@ def study(out, rows, datas, seeds, jobs):
     for data in datas:
         prepare(out, data)
 
+    running, stopped = [], []
+
+    def stop(*_):                                                              # a row saves on SIGTERM; without this it would go on by itself
+        stopped.append(True)
+        for process in running:
+            process.terminate()
+    signal.signal(signal.SIGTERM, stop)
+
     def one(job):
         row, data, seed = job
+        if stopped:
+            return 1
         home = folder(out, data, row, seed)
         home.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, __file__, "--row", row, "--data", data, "--seed", str(seed), "--out", str(out)]
         with open(home / "log.txt", "ab") as log:
-            rc = subprocess.run(command, env=env, stdout=log, stderr=subprocess.STDOUT).returncode
+            running.append(process := subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT))
+            rc = process.wait()
         print(f"{home}: {'done' if rc == 0 else f'FAILED, see {home}/log.txt'}", flush=True)
         return rc
 
     rows = set(rows) | {ROWS[row][0] for row in rows} & set(ROWS)              # the tokenizers that they use
-    if not foreign_teacher(out, datas[0]):                                     # one data set alone has no such control
+    if rows == set(ORDER) and not foreign_teacher(out, datas[0]):
+        print(f"{WIDEST}-other is left out: it needs the teacher of another --data", flush=True)
         rows -= {f"{WIDEST}-other"}
     phases = [[(row, data, seed) for seed in seeds for data in datas for row in ORDER if row in rows and (ROWS[row][0] == row) == own] for own in (True, False)]
     with ThreadPoolExecutor(jobs) as pool:
-        for phase in phases:
-            if failed := sum(rc != 0 for rc in pool.map(one, phase)):
-                sys.exit(f"{failed} rows failed; the same command tries them again")
+        if failed := sum(rc != 0 for phase in phases for rc in list(pool.map(one, phase))):
+            sys.exit(f"{failed} rows failed or were stopped; the same command goes on with them")
 
 
 # --- Report -------------------------------------------------------------------------------------------------------------------------------------------
@@ -202,12 +234,12 @@ def spread(values, digits=3):
 
 
 def change(before, after):
-    """Mean change in per cent of paired seeds, and its standard error."""
-    seeds = sorted(before.keys() & after.keys())
-    ratios = np.array([100 * (after[k] / before[k] - 1) for k in seeds])
-    if not len(ratios):
+    """Change in per cent over paired seeds, from the geometric mean of their ratios (so that halving and doubling cancel), and its standard error."""
+    logs = np.log([after[k] / before[k] for k in sorted(before.keys() & after.keys())])
+    if not len(logs):
         return "-"
-    return f"{ratios.mean():+.0f} %" + (f" ± {ratios.std(ddof=1) / len(ratios) ** 0.5:.0f}" if len(ratios) > 1 else "")
+    mean = np.exp(logs.mean())
+    return f"{100 * (mean - 1):+.0f} %" + (f" ± {100 * mean * logs.std(ddof=1) / len(logs) ** 0.5:.0f}" if len(logs) > 1 else "")
 
 
 def load(path, *keys):
@@ -224,7 +256,7 @@ class Results:
     """What a data set's folder holds: gfid(row), rfid(row), ... as {seed: value}."""
 
     def __init__(self, home):
-        self.home, self.name = home, home.name
+        self.home, self.name, self.plan = home, home.name, design(home)
 
     def all(self, row, file, *keys):
         found = {int(p.name[4:]): load(p / file, *keys) for p in (self.home / row).glob("seed*")}
@@ -245,15 +277,16 @@ class Results:
     def curve(self, row, seed):
         """[(step, mini-FID)] of one run."""
         home = self.home / row / f"seed{seed}"
-        points = [(step, load(home / f"step{step}" / "scores.json", "samples", "values", "mini-FID")) for step in range(EVERY, STEPS, EVERY)]
-        return [p for p in points + [(STEPS, self.gfid(row).get(seed))] if p[1] is not None]
+        steps, every = self.plan["steps"], self.plan["every"]
+        points = [(step, load(home / f"step{step}" / "scores.json", "samples", "values", "mini-FID")) for step in range(every, steps, every)]
+        return [p for p in points + [(steps, self.gfid(row).get(seed))] if p[1] is not None]
 
 
 def reached(curve, target):
     """The step at which a curve first comes down to `target`, on straight lines between its points; None if it never does."""
+    if curve and curve[0][1] <= target:
+        return curve[0][0]                                                     # or sooner
     for (s0, v0), (s1, v1) in zip(curve, curve[1:]):
-        if v0 <= target:
-            return s0
         if v1 <= target:
             return s0 + (s1 - s0) * (v0 - target) / (v0 - v1)
     return None
@@ -263,8 +296,8 @@ def table(head, rows):
     return "\n".join([f"| {' | '.join(head)} |", "|" + "---|" * len(head), *(f"| {' | '.join(map(str, row))} |" for row in rows)]) + "\n"
 
 
-def report(out):
-    """Markdown of all claims, from whatever rows are there; then the plots. ± behind a mean is the standard deviation over seeds (spread), behind a
+def report(out, pictures):
+    """Markdown of all claims, from whatever rows are there; then the plots, to the folder `pictures`. ± behind a mean is the standard deviation over seeds (spread), behind a
     change in per cent the standard error of the paired changes (change)."""
     found = [Results(p) for p in sorted(out.glob("*")) if (p / "shared").exists()]
     if not found:
@@ -294,8 +327,8 @@ def report(out):
         seeds = sorted(none.keys() & vf.keys())
         at = {v: [reached(r.curve(f"{WIDEST}-{v}", seed), none[seed]) for seed in seeds] for v in ("none", "vf")}
         text = {v: ", ".join("never" if x is None else f"{x:.0f}" for x in at[v]) for v in at}
-        fair = [n / v for n, v in zip(at["none"], at["vf"])] if None not in at["vf"] else []   # a mean without the seeds that never came there would flatter
-        rows.append((r.name, STEPS, text["none"], text["vf"], spread([STEPS / v for v in at["vf"]] if fair else []), spread(fair)))
+        fair = [n / v for n, v in zip(at["none"], at["vf"])] if None not in at["none"] + at["vf"] else []   # a mean without the seeds that never came there would flatter
+        rows.append((r.name, r.plan["steps"], text["none"], text["vf"], spread([r.plan["steps"] / v for v in at["vf"]] if fair else []), spread(fair)))
     print(table(("images", "steps trained", "plain", "VF loss", "trained / VF loss", "plain / VF loss"), rows))
     print("### C4: size of LightningDiT, mini-gFID [Fig. 4c]\n")
     rows = []
@@ -305,7 +338,7 @@ def report(out):
             rows.append((r.name, size, spread(none.values()), spread(vf.values()), change(none, vf), min(len(none), len(vf))))
     print(table(("images", "size", "plain", "VF loss", "change", "seeds"), rows))
     print("### C5: ingredients [Table 5]\n")
-    settings = (("none", "no VF loss"), ("mdms", "Eq. 3 alone (without mcos)"), ("mcos", "Eq. 2 alone (without mdms)"), ("vf", "both, without margins"), ("margins", "both, the paper's margins"))
+    settings = (("none", "no VF loss"), ("only-mdms", "Eq. 3 alone (Table 5: - mcos)"), ("only-mcos", "Eq. 2 alone (Table 5: - mdms)"), ("vf", "both, without margins"), ("margins", "both, the paper's margins"))
     rows = [(r.name, text, spread(r.rfid(f"{WIDEST}-{name}").values()), spread(r.gfid(f"{WIDEST}-{name}").values()), len(r.gfid(f"{WIDEST}-{name}")))
             for r in found for name, text in settings]
     print(table(("images", "setting", "mini-rFID", "mini-gFID", "seeds"), rows))
@@ -323,13 +356,13 @@ def report(out):
             print(f"{name}: correlation of density cv and mini-gFID over the {len(pairs)} settings of {WIDEST} (means over seeds): r = {np.corrcoef(np.array(pairs).T)[0, 1]:.2f}")
     print("\n### C7: the ladder of Table 1\n")
     from train_dit import LADDER
-    rows = [(f"ladder-{i}", LADDER[i][0], *(f"{spread(r.gfid(LADDER_ROW[i]).values())} ({len(r.gfid(LADDER_ROW[i]))})" for r in found), f"{LADDER[i][2]:.2f}")
+    rows = [(LADDER_ROW[i], LADDER[i][0], *(f"{spread(r.gfid(LADDER_ROW[i]).values())} ({len(r.gfid(LADDER_ROW[i]))})" for r in found), f"{LADDER[i][2]:.2f}")
             for i in range(10)]
     print(table(("row", "trick", *(f"mini-gFID, {r.name} (seeds)" for r in found), "paper's FID"), rows))
-    plots(found)
+    plots(found, pictures)
 
 
-def plots(found):
+def plots(found, pictures):
     try:
         import matplotlib
     except ImportError:
@@ -354,9 +387,9 @@ def plots(found):
             axis.set_ylim(0)                                                   # after both lines, or the second is cut off
         left.legend()
         right.legend()
-    (ROOT / "assets").mkdir(exist_ok=True)
-    figure.savefig(ROOT / "assets" / "claims.png", dpi=80)
-    # Samples of the same seeds, narrow and wide, plain and with VF loss
+    pictures.mkdir(parents=True, exist_ok=True)
+    figure.savefig(pictures / "claims.png", dpi=80)
+    # Samples of the same seed: narrow, wide, wide with VF loss
     names = [f"d{WIDTHS[0]}-none", f"{WIDEST}-none", f"{WIDEST}-vf"]
     figure, axes = plt.subplots(len(found), 3, figsize=(12, 4 * len(found)), squeeze=False, constrained_layout=True)
     for r, line in zip(found, axes):
@@ -369,8 +402,8 @@ def plots(found):
                 n = len(images) // 10
                 grid = images.reshape(n, 10, 16, 16, 3).transpose(0, 2, 1, 3, 4)
                 axis.imshow(grid.reshape(n * 16, 10 * 16, 3), interpolation="nearest")
-    figure.savefig(ROOT / "assets" / "claims-samples.png", dpi=70)
-    print("plots: assets/claims.png, assets/claims-samples.png")
+    figure.savefig(pictures / "claims-samples.png", dpi=70)
+    print(f"plots: {pictures}/claims.png, {pictures}/claims-samples.png")
 
 
 def main():
@@ -381,10 +414,13 @@ def main():
     parser.add_argument("--out", default="runs/claims", help="folder of all runs (default: runs/claims)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="rows at once, about 1 GiB each (default: as many as cores)")
     parser.add_argument("--report", action="store_true", help="print the tables of what is there and draw the plots")
+    parser.add_argument("--pictures", help="folder of --report's plots (default: that of --out; README's are in assets)")
     a = parser.parse_args()
+    if a.jobs < 1:
+        parser.error(f"--jobs {a.jobs} is not 1 or more")
     datas = list(dict.fromkeys(a.data or ["shapes"]))
     if a.report:
-        report(Path(a.out))
+        report(Path(a.out), Path(a.pictures or a.out))
         return
     import train_vae
     rows, seeds = list(dict.fromkeys(a.row or ORDER)), sorted(set(a.seed or ([0] if a.row else [0, 1, 2])))

@@ -1,6 +1,7 @@
 """The study of the paper's claims: its rows, its report, and the flags of the scripts that it lives on."""
 import json
 import shutil
+from dataclasses import asdict
 
 import claims
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+import train_dit
 import train_vae
 
 
@@ -31,9 +33,7 @@ def study(photos, tmp_path_factory):
     patch.setattr(claims, "TOKENIZER", claims.TOKENIZER.replace("--steps 800", "--steps 4"))
     patch.setattr(claims, "FROZEN", dict(teacher=2, score_net=2))
     patch.setattr(claims, "SAMPLES", 20)
-    patch.setattr(claims, "STEPS", 4)
-    patch.setattr(claims, "EVERY", 2)
-    patch.setattr(claims, "ROWS", {k: (v[0], v[1].replace(" 3000", " 4").replace(" 750", " 4")) for k, v in claims.ROWS.items()})
+    patch.setattr(claims, "design", lambda data: dict(steps=4, ladder_steps=4, every=2, weight=0.5, half=0.25))
     for row, seed in (("d64-none", 0), ("d64-vf", 0), ("d64-none", 1), ("d64-vf", 1), ("d4-none", 0), ("d64-vf+mini-XS", 0), ("ladder-0", 0), ("ladder-9", 0)):
         claims.run_row(out, row, str(photos), seed)
     yield out
@@ -45,10 +45,19 @@ def test_rows_are_fair():
     for d in claims.WIDTHS:
         assert claims.TOKENIZERS[f"d{d}-vf"].replace(claims.VF, "--vf none") == claims.TOKENIZERS[f"d{d}-none"]
     assert {flags for name, (tokenizer, flags) in claims.ROWS.items() if name == tokenizer} == {claims.DIT}
-    from train_dit import PRESETS
-    images = {PRESETS[f"mini-table1-{i}"]["batch_size"] * int(claims.ROWS[f"ladder-{i}"][1].split("--steps ")[1]) for i in range(10) if i != 8}
-    assert images == {PRESETS["mini"]["batch_size"] * claims.STEPS}                     # row 8 is d4-none, which trains so
+    plan = claims.design("shapes")
+    images = {train_dit.PRESETS[f"mini-table1-{i}"]["batch_size"] * int(claims.ROWS[f"ladder-{i}"][1].format(**plan).split("--steps ")[1]) for i in range(10) if i != 8}
+    assert images == {train_dit.PRESETS["mini"]["batch_size"] * plan["steps"]}                     # row 8 is d4-none, which trains so
     assert set(claims.ORDER) == set(claims.ROWS)
+
+    def settings(module, flags):
+        return asdict(train_vae.parse_settings(module.Settings, module.PRESETS, "", flags.format(**plan).split()))
+    row_8, own = settings(train_dit, f"--preset mini-table1-8 --steps {plan['steps']}"), settings(train_dit, claims.DIT)
+    assert {k for k in own if row_8[k] != own[k]} == {"preset", "out", "sample_every", "save_every"}
+    vf = settings(train_vae, claims.TOKENIZERS["d64-vf"])
+    for name, changed in (("margins", dict(cos_margin=0.5, mdms_margin=0.25)), ("only-mcos", dict(mdms=False, vf_weight=plan["weight"] / 2)),
+                          ("only-mdms", dict(mcos=False, vf_weight=plan["weight"] / 2))):        # half the weight: as in Table 5
+        assert settings(train_vae, claims.TOKENIZERS[f"d64-{name}"]) == vf | changed
 
 
 def test_a_row_leaves_its_scores_and_is_not_done_twice(study, photos, capsys):
@@ -61,13 +70,20 @@ def test_a_row_leaves_its_scores_and_is_not_done_twice(study, photos, capsys):
     assert (home / "uniformity.json").exists() and not (home / "dit-2.pt").exists()
     before = (home / "scores.json").stat().st_mtime_ns
     claims.run_row(study, "d64-vf", str(photos), 0)
-    assert "finished" in capsys.readouterr().out and (home / "scores.json").stat().st_mtime_ns == before
+    assert "is finished" in capsys.readouterr().out and (home / "scores.json").stat().st_mtime_ns == before
+
+
+def test_a_finished_row_of_another_design_is_an_error(study, photos, monkeypatch):
+    monkeypatch.setattr(claims, "design", lambda data: dict(steps=4, ladder_steps=4, every=2, weight=0.3, half=0.15))
+    with pytest.raises(SystemExit, match="vf-weight 0.3 .checkpoint: 0.5"):
+        claims.run_row(study, "d64-vf", str(photos), 0)
 
 
 def test_all_rows_share_one_teacher_and_one_score_network(study):
     networks = {json.loads(p.read_text())["network"] for p in (study / "photos").glob("*/seed*/scores.json")}
     assert len(networks) == 1
     assert [p.parent.name for p in (study / "photos").rglob("teacher*.pt")] == ["shared"] * 2
+    assert sorted(p.parent.name for p in study.rglob("score_net.pt")) == ["control", "shared"]
 
 
 def test_the_control_s_teacher_is_the_other_data_set_s(study, tmp_path):
@@ -83,17 +99,56 @@ def test_the_control_s_teacher_is_the_other_data_set_s(study, tmp_path):
 
 
 def test_report(study, capsys, monkeypatch, tmp_path):
-    pytest.importorskip("matplotlib")
-    monkeypatch.setattr(claims, "ROOT", tmp_path)
-    claims.report(study)
+    monkeypatch.setattr(claims, "plots", lambda *_: None)
+    claims.report(study, tmp_path)
     text = capsys.readouterr().out
     gfid = [json.loads((study / "photos" / row / f"seed{s}" / "scores.json").read_text())["samples"]["values"]["mini-FID"]
             for row in ("d64-none", "d64-vf") for s in (0, 1)]
     line = next(x for x in text.splitlines() if x.startswith("| photos | 64 | vf"))
-    ratios = 100 * (np.array(gfid[2:]) / gfid[:2] - 1)
+    first, second = gfid[2] / gfid[0], gfid[3] / gfid[1]
+    mean = (first * second) ** 0.5
     assert f"{np.mean(gfid[2:]):.3g} ± {np.std(gfid[2:], ddof=1):.2g}" in line
-    assert f"{ratios.mean():+.0f} % ± {abs(ratios[0] - ratios[1]) / 2:.0f}" in line          # the standard error of two is half their distance
-    assert (tmp_path / "assets" / "claims.png").stat().st_size > 5000 and (tmp_path / "assets" / "claims-samples.png").exists()
+    assert f"{100 * (mean - 1):+.0f} % ± {100 * mean * abs(np.log(first / second)) / 2:.0f}" in line     # the standard error of two is half their distance
+    curve = [json.loads((study / "photos" / "d64-none" / "seed0" / at / "scores.json").read_text())["samples"]["values"]["mini-FID"] for at in ("step2", ".")]
+    assert claims.Results(study / "photos").curve("d64-none", 0) == list(zip((2, 4), curve))
+    xs = json.loads((study / "photos" / "d64-vf+mini-XS" / "seed0" / "scores.json").read_text())["samples"]["values"]["mini-FID"]
+    assert f"| photos | mini-XS | - | {xs:.3g} | - | 0 |" in text                           # no plain row was run
+    assert "| ladder-1 | + Rectified Flow | - (0) |" in text and "| d4-none | + Rotary Pos Embed |" in text
+
+
+def test_plots(study, tmp_path):
+    pytest.importorskip("matplotlib")
+    claims.plots([claims.Results(study / "photos")], tmp_path)
+    assert (tmp_path / "claims.png").stat().st_size > 5000 and (tmp_path / "claims-samples.png").exists()
+
+
+def test_change_is_the_geometric_mean():
+    assert claims.change({0: 1.0, 1: 1.0}, {0: 2.0, 1: 0.5}).startswith("+0 %")
+    assert claims.change({0: 4.0, 1: 3.0}, {0: 3.0}) == "-25 %" and claims.change({0: 1.0}, {1: 1.0}) == "-"
+
+
+def test_the_study_runs_what_was_asked_for(monkeypatch, tmp_path, capsys):
+    """Tokenizers first, those that a row uses too; a failed row fails the study and stops no other; the control only where there is another data set."""
+    ran = []
+
+    class Process:
+        def __init__(self, command, **_):
+            self.row = command[command.index("--row") + 1]
+            ran.append(self.row)
+
+        def wait(self):
+            return int(self.row == "d64-vf")
+    monkeypatch.setattr(claims.subprocess, "Popen", Process)
+    monkeypatch.setattr(claims, "prepare", lambda *_: None)
+    monkeypatch.setattr(claims.signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit, match="1 rows failed"):
+        claims.study(tmp_path, ["d64-vf+mini", "d4-none"], ["shapes"], [0], 1)
+    assert ran == ["d4-none", "d64-vf", "d64-vf+mini"]
+    assert "FAILED" in capsys.readouterr().out
+    ran.clear()
+    with pytest.raises(SystemExit):
+        claims.study(tmp_path, claims.ORDER, ["shapes"], [0], 1)
+    assert sorted(ran) == sorted(set(claims.ROWS) - {"d64-other"})
 
 
 @pytest.mark.parametrize("target, step", [(20.0, 100), (15.0, 150), (6.0, 280), (4.0, None)])
