@@ -178,7 +178,8 @@ def measure(out, row, data, seed):
     labels nor teacher (--steps 0); and the uniformity of the latents [Table 6]."""
     home, own = folder(out, data, row, seed), ROWS[row][0] == row
     if own and not (home / "control" / "scores.json").exists():
-        run("fid", f"{score_flags(out, data, 0, 'control')} --samples {shlex.quote(str(home / 'samples.npz'))} --out {shlex.quote(str(home / 'control'))}")
+        run("fid", f"{score_flags(out, data, 0, 'control')} --samples {shlex.quote(str(home / 'samples.npz'))} "
+                   f"--vae {shlex.quote(str(home / 'vae.pt'))} --out {shlex.quote(str(home / 'control'))}")
     if own and not (home / "uniformity.json").exists():
         run("fid", f"--uniformity {shlex.quote(str(home / 'latents'))} --embedding pca --out {shlex.quote(str(home))}")
 
@@ -292,7 +293,15 @@ def reached(curve, target):
     return None
 
 
+def shared(values):
+    """{row: {seed: value}}, of the seeds that all rows with any results have: rows of unequal numbers of seeds must not be compared by their means."""
+    seeds = set.intersection(*(set(v) for v in values.values() if v)) if any(values.values()) else set()
+    return {row: {k: x for k, x in v.items() if k in seeds} for row, v in values.items()}
+
+
 def table(head, rows):
+    """Markdown; rows that end in 0 seeds are left out."""
+    rows = [row for row in rows if row[-1] != 0]
     return "\n".join([f"| {' | '.join(head)} |", "|" + "---|" * len(head), *(f"| {' | '.join(map(str, row))} |" for row in rows)]) + "\n"
 
 
@@ -318,7 +327,9 @@ def report(out, pictures):
              change(r.control(none), r.control(other)), len(r.gfid(other))) for r in found]
     print(table(("images", "own teacher", "the other's teacher", "own teacher, untrained features", "the other's teacher, untrained features", "seeds of the other's"), rows))
     for r in found:
-        print(f"{r.name}: mini-FID of real test images {spread(r.all(f'{WIDEST}-none', 'scores.json', 'real', 'values', 'mini-FID').values())}")
+        real, untrained = ([*r.all(f"{WIDEST}-none", file, "real", "values", "mini-FID").values()] for file in ("scores.json", "control/scores.json"))
+        print(f"{r.name}: mini-FID of real test images {spread(real[:1])}; in untrained features {spread(untrained[:1])}, where samples of the plain "
+              f"{WIDEST} have {spread(r.control(f'{WIDEST}-none').values())}")
     print()
     print("### C3: convergence at the widest latent [Fig. 4a, b]: the step at which a curve first comes down to the plain latents' final mini-gFID, by seed\n")
     rows = []
@@ -335,12 +346,14 @@ def report(out, pictures):
     for r in found:
         for size in ("mini-XS", "mini-S", "mini"):
             none, vf = (r.gfid(f"{WIDEST}-{v}" + ("" if size == "mini-S" else f"+{size}")) for v in ("none", "vf"))
-            rows.append((r.name, size, spread(none.values()), spread(vf.values()), change(none, vf), min(len(none), len(vf))))
+            rows.append((r.name, size, spread(none.values()), spread(vf.values()), change(none, vf), max(len(none), len(vf))))
     print(table(("images", "size", "plain", "VF loss", "change", "seeds"), rows))
     print("### C5: ingredients [Table 5]\n")
     settings = (("none", "no VF loss"), ("only-mdms", "Eq. 3 alone (Table 5: - mcos)"), ("only-mcos", "Eq. 2 alone (Table 5: - mdms)"), ("vf", "both, without margins"), ("margins", "both, the paper's margins"))
-    rows = [(r.name, text, spread(r.rfid(f"{WIDEST}-{name}").values()), spread(r.gfid(f"{WIDEST}-{name}").values()), len(r.gfid(f"{WIDEST}-{name}")))
-            for r in found for name, text in settings]
+    rows = []
+    for r in found:
+        rfid, gfid = (shared({name: values(f"{WIDEST}-{name}") for name, _ in settings}) for values in (r.rfid, r.gfid))
+        rows += [(r.name, text, spread(rfid[name].values()), spread(gfid[name].values()), len(gfid[name])) for name, text in settings]
     print(table(("images", "setting", "mini-rFID", "mini-gFID", "seeds"), rows))
     print("### C6: uniformity of the latents [Table 6], two principal components instead of t-SNE\n")
     rows, points = [], {}
@@ -349,16 +362,17 @@ def report(out, pictures):
             cv, gini, entropy = ({k: v[0] for k, v in r.all(row, "uniformity.json", key).items()} for key in ("density cv", "gini", "normalized entropy"))
             rows.append((r.name, row, spread(cv.values()), spread(gini.values()), spread(entropy.values(), 4), spread(r.gfid(row).values()), len(cv)))
             if row.startswith(WIDEST):
-                points.setdefault(r.name, []).extend([(np.mean(list(cv.values())), np.mean(list(r.gfid(row).values())))] if cv else [])
+                points.setdefault(r.name, []).extend((value, r.gfid(row)[seed]) for seed, value in cv.items())
     print(table(("images", "tokenizer", "density cv", "Gini", "normalized entropy", "mini-gFID", "seeds"), rows))
     for name, pairs in points.items():
         if len(pairs) > 2:
-            print(f"{name}: correlation of density cv and mini-gFID over the {len(pairs)} settings of {WIDEST} (means over seeds): r = {np.corrcoef(np.array(pairs).T)[0, 1]:.2f}")
+            print(f"{name}: correlation of density cv and mini-gFID over the {len(pairs)} tokenizers of {WIDEST} in the table: r = {np.corrcoef(np.array(pairs).T)[0, 1]:.2f}")
     print("\n### C7: the ladder of Table 1\n")
     from train_dit import LADDER
-    rows = [(LADDER_ROW[i], LADDER[i][0], *(f"{spread(r.gfid(LADDER_ROW[i]).values())} ({len(r.gfid(LADDER_ROW[i]))})" for r in found), f"{LADDER[i][2]:.2f}")
-            for i in range(10)]
-    print(table(("row", "trick", *(f"mini-gFID, {r.name} (seeds)" for r in found), "paper's FID"), rows))
+    climbed = [r for r in found if r.gfid("ladder-0")]
+    gfid = [shared({row: r.gfid(row) for row in LADDER_ROW}) for r in climbed]
+    rows = [(row, LADDER[i][0], *(f"{spread(g[row].values())} ({len(g[row])})" for g in gfid), f"{LADDER[i][2]:.2f}") for i, row in enumerate(LADDER_ROW)]
+    print(table(("row", "trick", *(f"mini-gFID, {r.name} (seeds)" for r in climbed), "paper's FID"), rows))
     plots(found, pictures)
 
 

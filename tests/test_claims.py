@@ -112,14 +112,20 @@ def test_report(study, capsys, monkeypatch, tmp_path):
     curve = [json.loads((study / "photos" / "d64-none" / "seed0" / at / "scores.json").read_text())["samples"]["values"]["mini-FID"] for at in ("step2", ".")]
     assert claims.Results(study / "photos").curve("d64-none", 0) == list(zip((2, 4), curve))
     xs = json.loads((study / "photos" / "d64-vf+mini-XS" / "seed0" / "scores.json").read_text())["samples"]["values"]["mini-FID"]
-    assert f"| photos | mini-XS | - | {xs:.3g} | - | 0 |" in text                           # no plain row was run
+    assert f"| photos | mini-XS | - | {xs:.3g} | - | 1 |" in text                           # no plain row was run
     assert "| ladder-1 | + Rectified Flow | - (0) |" in text and "| d4-none | + Rotary Pos Embed |" in text
+    assert "| photos | 16 |" not in text                                                    # not run
 
 
 def test_plots(study, tmp_path):
     pytest.importorskip("matplotlib")
     claims.plots([claims.Results(study / "photos")], tmp_path)
     assert (tmp_path / "claims.png").stat().st_size > 5000 and (tmp_path / "claims-samples.png").exists()
+
+
+def test_rows_are_compared_on_shared_seeds():
+    assert claims.shared({"a": {0: 1.0, 1: 2.0}, "b": {1: 3.0}, "c": {}}) == {"a": {1: 2.0}, "b": {1: 3.0}, "c": {}}
+    assert claims.shared({"a": {}}) == {"a": {}}
 
 
 def test_change_is_the_geometric_mean():
