@@ -323,13 +323,18 @@ def report(out, pictures):
     print(table(("images", "d", "VF loss", "mini-rFID", "PSNR, dB", "mini-gFID", "VF loss changes it by", "in untrained features by", "seeds"), rows))
     print("The controls, d = 64: what VF loss changes mini-gFID by\n")
     none, vf, other = (f"{WIDEST}-{name}" for name in ("none", "vf", "other"))
-    rows = [(r.name, change(r.gfid(none), r.gfid(vf)), change(r.gfid(none), r.gfid(other)), change(r.control(none), r.control(vf)),
-             change(r.control(none), r.control(other)), len(r.gfid(other))) for r in found]
-    print(table(("images", "own teacher", "the other's teacher", "own teacher, untrained features", "the other's teacher, untrained features", "seeds of the other's"), rows))
+    rows = []
+    for r in found:
+        trained, untrained = (shared({row: values(row) for row in (none, vf, other)}) for values in (r.gfid, r.control))
+        rows.append((r.name, *(change(v[none], v[row]) for v in (trained, untrained) for row in (vf, other)), len(trained[vf])))
+    print(table(("images", "own teacher", "the other's teacher", "own teacher, untrained features", "the other's teacher, untrained features", "seeds"), rows))
     for r in found:
         real, untrained = ([*r.all(f"{WIDEST}-none", file, "real", "values", "mini-FID").values()] for file in ("scores.json", "control/scores.json"))
         print(f"{r.name}: mini-FID of real test images {spread(real[:1])}; in untrained features {spread(untrained[:1])}, where samples of the plain "
               f"{WIDEST} have {spread(r.control(f'{WIDEST}-none').values())}")
+        by_seed = [", ".join(f"{100 * (v[vf][k] / v[none][k] - 1):+.0f}" for k in sorted(v[none].keys() & v[vf].keys()))
+                   for v in ({row: values(row) for row in (none, vf)} for values in (r.gfid, r.control))]
+        print(f"{r.name}: by seed, VF loss changes mini-gFID of {WIDEST} by {by_seed[0]} %, in untrained features by {by_seed[1]} %")
     print()
     print("### C3: convergence at the widest latent [Fig. 4a, b]: the step at which a curve first comes down to the plain latents' final mini-gFID, by seed\n")
     rows = []
