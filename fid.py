@@ -315,7 +315,7 @@ def feature_network(s, run, device):
         return net.to(device), f"Inception of 2015, {s.inception_input} input", f"{path.name} {s.inception_input}"
     train = dataset(s, run, "train")
     path, made_from = Path(s.cache or s.out) / "score_net.pt", [train.key, s.seed, s.steps]
-    torch.manual_seed(s.seed)
+    torch.manual_seed(s.seed)                                                  # its weights: the same for all runs on these images
     net = ScoreNet(len(train.images.classes)).to(device)
     saved = torch_load(path) if path.exists() else {}
     if saved.get("made_from") != made_from:

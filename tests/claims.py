@@ -37,21 +37,20 @@ SAMPLES, POINTS = 1500, 5                                                      #
 FROZEN = dict(teacher=300, score_net=400)                                      # training steps of the two stand-ins
 
 
-
 def design(data):
     """What the two kinds of images need differently, the same for all rows of one: steps of LightningDiT, weight of VF loss (README: what was tried).
 
-    At d = 64 mini-gFID of the photos has done most of its way after 300 steps; that of the shapes stays above 24 for 750 and then falls to half. At
+    At d = 64 mini-gFID of the photos has done most of its way after 300 steps; that of the shapes stays above 22 for 750 and then falls to half. At
     weight 0.5 the wide tokenizer of the shapes loses 2 dB, that of the photos half a dB.
     """
     steps, weight = (1250, 0.25) if Path(data).name == "shapes" else (750, 0.5)
     return dict(steps=steps, ladder_steps=4 * steps, every=steps // POINTS, weight=weight, half=weight / 2)
 
 
-# One design for all rows, filled in by design(): 16x16 images, f = 2, latents of 8x8 positions in tokens of 2x2, normalised per channel; the same number of steps for all
-# tokenizers, the same LightningDiT and number of steps for all latents, no guidance. Plain L1 + KL tokenizers: 16 pixels are too few for the
-# discriminator, LPIPS would be a download.
-TOKENIZER = "--image-size 16 --disc-weight 0 --batch-size 16 --lr 1e-3 --warmup 100 --steps 800 --save-every 400"
+# One design for all rows, its {names} filled in by design(): 16x16 images, f = 2, latents of 8x8 positions in tokens of 2x2, normalised per channel;
+# the same number of steps for all tokenizers, the same LightningDiT and number of steps for all latents, no guidance. Plain L1 + KL tokenizers: 16
+# pixels are too few for the discriminator, LPIPS would be a download. Of two equal flags the last one counts. Compiling takes longer than these runs.
+TOKENIZER = "--image-size 16 --disc-weight 0 --batch-size 16 --lr 1e-3 --warmup 100 --steps 800 --save-every 400 --no-compile"
 VF = "--vf mini --vf-weight {weight} --cos-margin 0 --mdms-margin 0"
 TOKENIZERS = {
     **{f"d{d}-none": f"--spec mini-f2d{d} --vf none" for d in WIDTHS},
@@ -62,17 +61,18 @@ TOKENIZERS = {
     f"{WIDEST}-only-mdms": f"--spec mini-f2{WIDEST} {VF} --no-mcos --vf-weight {{half}}",
     "f4d16-vf": f"--spec mini-f4d16 {VF}",
 }
-DIT = "--patch-size 2 --lr 1e-3 --steps {steps} --sample-every 0 --save-every {every}"
+DIT = "--patch-size 2 --lr 1e-3 --steps {steps} --sample-every 0 --save-every {every} --no-compile"
 SIZES = ("mini-XS", "mini")
 # name: (tokenizer, flags of train_dit.py). In Table 1 the last row goes from f8d4 in tokens of 2x2 to f16d32 in tokens of 1x1: as many tokens, twice
 # the f. So here: from f2d4 to f4d16. Rows 0 and 1 have a quarter of the batch and so four times the steps: the same number of images.
 # Row 8 is the base row d4-none itself.
 LADDER_ROW = [f"ladder-{i}" if i != 8 else "d4-none" for i in range(10)]
-LADDER_CONDUCT = "--sample-every 0 --save-every 1000"
+LADDER_CONDUCT = "--sample-every 0 --save-every 1000 --no-compile"
 ROWS = {
     **{name: (name, DIT) for name in TOKENIZERS if name != "f4d16-vf"},
     **{f"{WIDEST}-{vf}+{size}": (f"{WIDEST}-{vf}", f"{DIT} --size {size}") for size in SIZES for vf in ("none", "vf")},
-    **{f"ladder-{i}": ("d4-none" if i < 9 else "f4d16-vf", f"--preset mini-table1-{i} {LADDER_CONDUCT} --steps {{{'ladder_steps' if i < 2 else 'steps'}}}") for i in range(10) if i != 8},
+    **{f"ladder-{i}": ("d4-none" if i < 9 else "f4d16-vf",
+                       f"--preset mini-table1-{i} {LADDER_CONDUCT} --steps " + ("{ladder_steps}" if i < 2 else "{steps}")) for i in range(10) if i != 8},
 }
 # The order of the whole study: what matters most first, so that it can be stopped at any time; and tokenizers before the rows that use them.
 ORDER = sorted(ROWS, key=lambda row: (ROWS[row][0] != row, row not in (f"{d}-{vf}" for d in (WIDEST, f"d{WIDTHS[0]}") for vf in ("none", "vf"))))
@@ -85,8 +85,6 @@ def call(script, flags):
     module = __import__(script)
     print(f"+ python {script}.py {flags}", flush=True)
     settings = train_vae.parse_settings(module.Settings, module.PRESETS, module.__doc__, shlex.split(flags))
-    if hasattr(settings, "compile"):
-        settings.compile = False                                               # compiling takes longer than these runs
     return module, settings, train_vae.setup(settings.device)
 
 
@@ -117,7 +115,8 @@ def foreign_teacher(out, data):
 def tokenizer_flags(out, data, name):
     """Flags of a tokenizer. One teacher for all rows and seeds of a data set, as there is one DINOv2; another where the latent's grid is another."""
     teacher = foreign_teacher(out, data) if name.endswith("-other") else folder(out, data) / f"teacher-f{4 if 'f4' in TOKENIZERS[name] else 2}.pt"
-    return f"--data {shlex.quote(data)} {TOKENIZER} --teacher {shlex.quote(str(teacher))} --teacher-steps {FROZEN['teacher']} {TOKENIZERS[name].format(**design(data))}"
+    return (f"--data {shlex.quote(data)} {TOKENIZER} --teacher {shlex.quote(str(teacher))} --teacher-steps {FROZEN['teacher']} "
+            f"{TOKENIZERS[name].format(**design(data))}")
 
 
 def score_flags(out, data, steps=None, cache="shared"):
@@ -160,14 +159,14 @@ def run_row(out, row, data, seed):
         return print(f"{home} is finished")
     for script, flags in commands.items():
         run(script, flags)
-    for step in range(plan["every"], plan["steps"], plan["every"]) if curve else ():                   # [Fig. 4a, b]
+    for step in range(plan["every"], plan["steps"], plan["every"]) if curve else ():  # [Fig. 4a, b]
         at = shlex.quote(str(home / f"step{step}"))
         if not (home / f"step{step}" / "scores.json").exists():
             draw(quoted["home"] + f"/dit-{step}.pt", quoted["vae"], at, seed)
             run("fid", f"{score_flags(out, data)} --samples {at}/samples.npz --out {at}")
         for file in (home / f"step{step}" / "samples.npz", home / f"dit-{step}.pt"):
             file.unlink(missing_ok=True)
-    (home / f"dit-{plan['steps']}.pt").unlink(missing_ok=True)                         # the same as dit.pt
+    (home / f"dit-{plan['steps']}.pt").unlink(missing_ok=True)                 # the same as dit.pt
     draw(quoted["home"] + "/dit.pt", quoted["vae"], quoted["home"], seed)
     run("fid", f"{score_flags(out, data)} --samples {quoted['home']}/samples.npz --vae {quoted['vae']} --out {quoted['home']}")
     measure(out, row, data, seed)
@@ -185,7 +184,7 @@ def measure(out, row, data, seed):
 
 
 def draw(dit, vae, home, seed):
-    run("sample", f"--dit {dit} --vae {vae} --out {home} --num {SAMPLES} --steps 20 --cfg-scale 1 --seed {seed}")
+    run("sample", f"--dit {dit} --vae {vae} --out {home} --num {SAMPLES} --steps 20 --cfg-scale 1 --seed {seed} --no-compile")
 
 
 def study(out, rows, datas, seeds, jobs):
@@ -306,8 +305,8 @@ def table(head, rows):
 
 
 def report(out, pictures):
-    """Markdown of all claims, from whatever rows are there; then the plots, to the folder `pictures`. ± behind a mean is the standard deviation over seeds (spread), behind a
-    change in per cent the standard error of the paired changes (change)."""
+    """Markdown of all claims, from whatever rows are there; then the plots, to the folder `pictures`. ± behind a mean is the standard deviation over
+    seeds (spread), behind a change in per cent the standard error of the paired changes (change)."""
     found = [Results(p) for p in sorted(out.glob("*")) if (p / "shared").exists()]
     if not found:
         sys.exit(f"{out} holds no runs: python tests/claims.py makes them")
@@ -321,13 +320,16 @@ def report(out, pictures):
                 rows.append((r.name, d, row.split("-")[1], spread(r.rfid(row).values()), spread(r.psnr(row).values()), spread(r.gfid(row).values()),
                              "" if row == none else change(r.gfid(none), r.gfid(vf)), control, len(r.gfid(row))))
     print(table(("images", "d", "VF loss", "mini-rFID", "PSNR, dB", "mini-gFID", "VF loss changes it by", "in untrained features by", "seeds"), rows))
-    print("The controls, d = 64: what VF loss changes mini-gFID by\n")
+    print(f"The controls at {WIDEST}: what VF loss changes mini-gFID by\n")
     none, vf, other = (f"{WIDEST}-{name}" for name in ("none", "vf", "other"))
     rows = []
     for r in found:
         trained, untrained = (shared({row: values(row) for row in (none, vf, other)}) for values in (r.gfid, r.control))
-        rows.append((r.name, *(change(v[none], v[row]) for v in (trained, untrained) for row in (vf, other)), len(trained[vf])))
-    print(table(("images", "own teacher", "the other's teacher", "own teacher, untrained features", "the other's teacher, untrained features", "seeds"), rows))
+        decibels = shared({row: r.psnr(row) for row in (none, vf, other)})
+        rows.append((r.name, *(change(v[none], v[row]) for v in (trained, untrained) for row in (vf, other)),
+                     " / ".join(spread(v.values()) for v in decibels.values()), len(trained[vf])))
+    print(table(("images", "own teacher", "the other's teacher", "own teacher, untrained features", "the other's teacher, untrained features",
+                 "PSNR plain / own / other's, dB", "seeds"), rows))
     for r in found:
         real, untrained = ([*r.all(f"{WIDEST}-none", file, "real", "values", "mini-FID").values()] for file in ("scores.json", "control/scores.json"))
         print(f"{r.name}: mini-FID of real test images {spread(real[:1])}; in untrained features {spread(untrained[:1])}, where samples of the plain "
@@ -343,18 +345,22 @@ def report(out, pictures):
         seeds = sorted(none.keys() & vf.keys())
         at = {v: [reached(r.curve(f"{WIDEST}-{v}", seed), none[seed]) for seed in seeds] for v in ("none", "vf")}
         text = {v: ", ".join("never" if x is None else f"{x:.0f}" for x in at[v]) for v in at}
-        fair = [n / v for n, v in zip(at["none"], at["vf"])] if None not in at["none"] + at["vf"] else []   # a mean without the seeds that never came there would flatter
-        rows.append((r.name, r.plan["steps"], text["none"], text["vf"], spread([r.plan["steps"] / v for v in at["vf"]] if fair else []), spread(fair)))
+        complete = None not in at["none"] + at["vf"]                           # a mean without the seeds that never came there would flatter
+        ratios = [[before / after for before, after in zip(top, at["vf"])] if complete else [] for top in ([r.plan["steps"]] * len(seeds), at["none"])]
+        rows.append((r.name, r.plan["steps"], text["none"], text["vf"], *map(spread, ratios)))
     print(table(("images", "steps trained", "plain", "VF loss", "trained / VF loss", "plain / VF loss"), rows))
     print("### C4: size of LightningDiT, mini-gFID [Fig. 4c]\n")
     rows = []
     for r in found:
+        gfid = shared({(size, v): r.gfid(f"{WIDEST}-{v}" + ("" if size == "mini-S" else f"+{size}")) for size in ("mini-XS", "mini-S", "mini")
+                       for v in ("none", "vf")})
         for size in ("mini-XS", "mini-S", "mini"):
-            none, vf = (r.gfid(f"{WIDEST}-{v}" + ("" if size == "mini-S" else f"+{size}")) for v in ("none", "vf"))
+            none, vf = gfid[size, "none"], gfid[size, "vf"]
             rows.append((r.name, size, spread(none.values()), spread(vf.values()), change(none, vf), max(len(none), len(vf))))
     print(table(("images", "size", "plain", "VF loss", "change", "seeds"), rows))
     print("### C5: ingredients [Table 5]\n")
-    settings = (("none", "no VF loss"), ("only-mdms", "Eq. 3 alone (Table 5: - mcos)"), ("only-mcos", "Eq. 2 alone (Table 5: - mdms)"), ("vf", "both, without margins"), ("margins", "both, the paper's margins"))
+    settings = (("none", "no VF loss"), ("only-mdms", "Eq. 3 alone (Table 5: - mcos)"), ("only-mcos", "Eq. 2 alone (Table 5: - mdms)"),
+                ("vf", "both, without margins"), ("margins", "both, the paper's margins"))
     rows = []
     for r in found:
         rfid, gfid = (shared({name: values(f"{WIDEST}-{name}") for name, _ in settings}) for values in (r.rfid, r.gfid))
@@ -371,7 +377,8 @@ def report(out, pictures):
     print(table(("images", "tokenizer", "density cv", "Gini", "normalized entropy", "mini-gFID", "seeds"), rows))
     for name, pairs in points.items():
         if len(pairs) > 2:
-            print(f"{name}: correlation of density cv and mini-gFID over the {len(pairs)} tokenizers of {WIDEST} in the table: r = {np.corrcoef(np.array(pairs).T)[0, 1]:.2f}")
+            print(f"{name}: correlation of density cv and mini-gFID over the {len(pairs)} tokenizers of {WIDEST} in the table: "
+                  f"r = {np.corrcoef(np.array(pairs).T)[0, 1]:.2f}")
     print("\n### C7: the ladder of Table 1\n")
     from train_dit import LADDER
     climbed = [r for r in found if r.gfid("ladder-0")]

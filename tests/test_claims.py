@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+import fid
 import train_dit
 import train_vae
 
@@ -46,14 +47,15 @@ def test_rows_are_fair():
         assert claims.TOKENIZERS[f"d{d}-vf"].replace(claims.VF, "--vf none") == claims.TOKENIZERS[f"d{d}-none"]
     assert {flags for name, (tokenizer, flags) in claims.ROWS.items() if name == tokenizer} == {claims.DIT}
     plan = claims.design("shapes")
-    images = {train_dit.PRESETS[f"mini-table1-{i}"]["batch_size"] * int(claims.ROWS[f"ladder-{i}"][1].format(**plan).split("--steps ")[1]) for i in range(10) if i != 8}
+    steps = {i: int(claims.ROWS[f"ladder-{i}"][1].format(**plan).split("--steps ")[1]) for i in range(10) if i != 8}
+    images = {train_dit.PRESETS[f"mini-table1-{i}"]["batch_size"] * n for i, n in steps.items()}
     assert images == {train_dit.PRESETS["mini"]["batch_size"] * plan["steps"]}                     # row 8 is d4-none, which trains so
     assert set(claims.ORDER) == set(claims.ROWS)
 
     def settings(module, flags):
         return asdict(train_vae.parse_settings(module.Settings, module.PRESETS, "", flags.format(**plan).split()))
-    row_8, own = settings(train_dit, f"--preset mini-table1-8 --steps {plan['steps']}"), settings(train_dit, claims.DIT)
-    assert {k for k in own if row_8[k] != own[k]} == {"preset", "out", "sample_every", "save_every"}
+    row_8, own = settings(train_dit, f"--preset mini-table1-8 {claims.LADDER_CONDUCT} --steps {plan['steps']}"), settings(train_dit, claims.DIT)
+    assert {k for k in own if row_8[k] != own[k]} == {"preset", "out", "save_every"}
     vf = settings(train_vae, claims.TOKENIZERS["d64-vf"])
     for name, changed in (("margins", dict(cos_margin=0.5, mdms_margin=0.25)), ("only-mcos", dict(mdms=False, vf_weight=plan["weight"] / 2)),
                           ("only-mdms", dict(mcos=False, vf_weight=plan["weight"] / 2))):        # half the weight: as in Table 5
@@ -84,6 +86,15 @@ def test_all_rows_share_one_teacher_and_one_score_network(study):
     assert len(networks) == 1
     assert [p.parent.name for p in (study / "photos").rglob("teacher*.pt")] == ["shared"] * 2
     assert sorted(p.parent.name for p in study.rglob("score_net.pt")) == ["control", "shared"]
+
+
+def test_the_score_network_is_a_function_of_the_seed(study, photos, tmp_path):
+    """Made again by another process, elsewhere, after other random numbers: the same bits, or scores of two folders could not be compared."""
+    torch.manual_seed(123)
+    _, s, world = claims.call("fid", f"{claims.score_flags(study, str(photos))} --cache {tmp_path} --out {tmp_path}")
+    fid.feature_network(s, {}, world.device)
+    one, other = (torch.load(p / "score_net.pt", weights_only=True)["state_dict"] for p in (study / "photos" / "shared", tmp_path))
+    assert all(torch.equal(one[k], other[k]) for k in one)
 
 
 def test_the_control_s_teacher_is_the_other_data_set_s(study, tmp_path):
@@ -155,6 +166,28 @@ def test_the_study_runs_what_was_asked_for(monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit):
         claims.study(tmp_path, claims.ORDER, ["shapes"], [0], 1)
     assert sorted(ran) == sorted(set(claims.ROWS) - {"d64-other"})
+
+
+def test_sigterm_stops_the_rows_too(monkeypatch, tmp_path):
+    """The running row gets the signal, which saves; no other one is begun; the study fails."""
+    handlers, ended = {}, []
+
+    class Process:
+        def __init__(self, command, **_):
+            self.row = command[command.index("--row") + 1]
+
+        def wait(self):
+            handlers[claims.signal.SIGTERM]()
+            return 1
+
+        def terminate(self):
+            ended.append(self.row)
+    monkeypatch.setattr(claims.subprocess, "Popen", Process)
+    monkeypatch.setattr(claims, "prepare", lambda *_: None)
+    monkeypatch.setattr(claims.signal, "signal", handlers.__setitem__)
+    with pytest.raises(SystemExit, match="2 rows failed or were stopped"):
+        claims.study(tmp_path, ["d4-none", "d64-none"], ["shapes"], [0], 1)
+    assert ended == ["d4-none"]
 
 
 @pytest.mark.parametrize("target, step", [(20.0, 100), (15.0, 150), (6.0, 280), (4.0, None)])

@@ -138,7 +138,7 @@ def test_the_long_recipe_is_three_stages():
     s = parse("--preset", "vavae-long", "--steps", 650_592)                             # their sum may be said, nothing else
     assert schedule(s, IMAGENET) == stages
     assert "650592" in error(schedule, parse("--preset", "vavae-long", "--steps", 7), IMAGENET)
-    for wrong in ("1:2:3", "a:0:0:0:0", "1:0:0:0:0,", "1:0:0:0:0:0"):
+    for wrong in ("1:2:3", "a:0:0:0:0", "1:0:0:0:0,", "1:0:0:0:0:0", "inf:0:0:0:0", "1:0:0:0:inf"):
         assert "EPOCHS:W_HYPER:M1:M2:DISC_START" in error(schedule, parse("--preset", "vavae-long", "--stages", wrong), IMAGENET)
     assert schedule(parse("--steps", 9), 5)[0].steps == 9 and schedule(parse("--steps", 0, "--epochs", 0.001), 5)[0].steps == 1
 
