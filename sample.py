@@ -1,570 +1,394 @@
-"""Images from a trained LightningDiT: the sampler of Sec. 5.4, its guidance, and the batch of images that scores are computed from.
+"""Images from a trained LightningDiT: the ODE, its guidance, and the batch that scores are computed from.
 
-Paper: arXiv 2501.01423, Sec. 5.4: "we use a 250-step Euler integrator [...] we adopt cfg interval and timestep shift".
+Paper: arXiv 2501.01423, Sec. 5.4: "we use a 250-step Euler integrator [...] we adopt cfg interval [19]
+and timestep shift similar to FLUX [20]". Time as in training: t = 0 is noise, t = 1 is data.
+Read it top to bottom: Settings and PRESETS (one for every score of the paper), shift_timesteps, the
+integrators, guided_velocity, and sample_unit, which is all of sampling in three lines.
 
-How to read it, top to bottom:
-    Settings, PRESETS     every choice, with the settings of the published numbers
-    shift_timesteps, euler, heun, dopri5, guided_velocity      the mathematics: the ODE dx/dt = v(x, t) from noise (t = 0) to data (t = 1)
-    load_run, load_official      a run of train_dit.py, or the authors' released weights
-    sample_unit           indices -> noise -> latents -> images; sample i is a function of (seed, i) alone
-    sample_all, merge     any number of images over any number of processes, killed and resumed, into one ADM .npz
-    the pictures          classes, guidance sweep, trajectory, interpolation
-
-    python sample.py                                             the mini run: runs/mini/samples.npz and samples.png
-    torchrun --nproc_per_node=8 sample.py --preset imagenet256   50,000 images on 8 GPUs
-    python sample.py --preset official-800ep                     the authors' weights, the eight images of their README
+    python sample.py                                   the mini run: samples.npz, samples.png
+    torchrun --nproc_per_node=8 -- sample.py --preset imagenet256 --out RUN --vae VAE
+    python sample.py --preset official-demo            the authors' weights, eight images
 """
-import os
+import signal
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")                            # before torch is loaded; see train_vae.py
-import hashlib
-import json
-import shutil
-import time
-import zipfile
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
-from types import SimpleNamespace
+if __name__ == "__main__":  # Ctrl-C while torch is loading: no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+from dataclasses import dataclass
+from itertools import pairwise
 
-import numpy as np
 import torch
-import torch.distributed as dist
-from PIL import Image, ImageDraw
 from scipy.integrate import RK45
-from tqdm import tqdm
 
-from dit import SIZES, LightningDiT
-from train_dit import ddpm_velocity, load_weights, read_released_dit
-from train_vae import (Stop, atomic_write, fingerprint, load_checkpoint, load_tokenizer, opt, read_released_tokenizer, run_script,
-                       step_generator, to_uint8, torch_load)
-from vae import AutoencoderKL, autocast, fail, hub_file
+from train_vae import opt, step_generator, to_float, to_uint8
+from vae import autocast, check_entries, reading, require
 
 
-# --- Settings -----------------------------------------------------------------------------------------------------------------------------------
 @dataclass
 class Settings:
-    preset: str = opt("mini", "named settings below; any flag overrides them")
-    out: str = opt("", "run directory; default runs/<preset>", same=False)
-    dit: str = opt("", "checkpoint of train_dit.py; default OUT/dit.pt", same=False)
-    vae: str = opt("", "checkpoint of train_vae.py; default OUT/vae.pt", same=False)
-    data: str = opt("", "may repeat the data that the checkpoint was trained on; anything else is an error", same=False)
-    image_size: int = opt(0, "pixels; may repeat the checkpoint's, likewise", same=False)
-    # what to draw
-    seed: int = opt(0, "sample i is a function of (seed, i) alone")
-    num: int = opt(1000, "number of images (under torchrun write -- before sample.py, or torchrun takes --num for its own --numa-binding)")
-    batch_size: int = opt(100, "images in one forward pass, twice that under guidance; whole batches are dealt to processes and, on CPU, to cores")
-    labels: str = opt("balanced", "balanced (image i has class i mod classes), random (uniform), or a list like 3,207,388 that is repeated")
-    weights: str = opt("ema", "which weights of a run's dit.pt", choices=("ema", "model"))
-    # how to integrate and guide [Sec. 5.4]
-    integrator: str = opt("euler", "dopri5 chooses its steps (rtol 1e-3, atol 1e-6); --steps is then for the trajectory picture only",
-                          choices=("euler", "heun", "dopri5"))
-    steps: int = opt(50, "points of the time grid, counted as in the authors' code: 250 points are 249 evaluations of euler, 498 of heun")
-    shift: float = opt(1.0, "timestep shift s of the grid, t' = s t / (1 + (s - 1) t): below 1 more points near noise, 1 = none")
-    cfg_scale: float = opt(2.0, "guidance w in v_null + w (v_class - v_null); 1 = none")
-    cfg_interval_start: float = opt(0.0, "guidance acts for t >= this; below, near noise, the unconditional half is not computed")
-    cfg_channels: int = opt(0, "guide the first k latent channels only; 0 = all")
-    # conduct
-    precision: str = opt("auto", "of LightningDiT, auto = bf16 on CUDA and fp32 on CPU; the decoder runs in fp32", choices=("auto", "fp32", "bf16"))
-    compile: bool = opt(torch.cuda.is_available(), "torch.compile LightningDiT; default: on CUDA", same=False)
-    device: str = opt("auto", "auto: CUDA if there is one", choices=("auto", "cpu", "cuda"), same=False)
-    fresh: bool = opt(False, "discard samples.npz and unfinished parts in OUT and start over", same=False)
-    png: bool = opt(False, "also write every image to OUT/samples/000000.png ...", same=False)
-    # pictures; they may be asked for later too, of a finished run
-    sweep: str = opt("", "picture sweep.png: a row for each guidance scale, e.g. 1,2,4, from the same noise", same=False)
-    trajectory: str = opt("", "picture trajectory.png: decoded x_t at the grid points nearest to these t, e.g. 0,0.25,0.5,0.75,1", same=False)
-    interpolate: int = opt(0, "picture interpolation.png: this many images (2 or more) between two noises of one class; 0 = none", same=False)
-    sha256: str = opt("", "official presets: 'file=hash,...' (8 or more hex digits) that the downloaded files must match", same=False)
-    bench: str = opt("", "instead: images/s of this LightningDiT, e.g. XL/1, with random weights at these settings; writes nothing", same=False)
+    # The defaults are preset imagenet256: LightningDiT-XL after 64 epochs, with guidance [Table 3]. Each
+    # setting is a flag; what stands beside or below it is its text in --help.
+    preset: str = "imagenet256"  # named settings; every other flag overrides one of them
+    # --- the integrator: [Sec. 4] "sampled with a dopri5 integrator", Table 1; [Sec. 5.4] Euler, Table 3. 250
+    # steps as REPA and DiT, for equal cost; they are 249, for the authors take linspace(0, 1, 250).
+    integrator: str = opt("euler", choices=("euler", "heun", "dopri5"))  # dopri5 chooses its own steps
+    steps: int = opt(250, "[2, 1e5]")  # points of the time grid: 250 are 249 evaluations of euler
+    # The paper gives no reason for 0.3. It puts 192 of the 250 points below t = 0.5, near noise; without it
+    # they are 125. FLUX counts time the other way round: 0.3 here is 1 / 0.3 = 3.3 there.
+    shift: float = opt(0.3, "(0, inf)")  # timestep shift s: below 1 more points near noise, 1 = none
+    # --- guidance: the authors' code guides 3 channels of 32, as DiT's code does of 4; no reason is given. So
+    # few must be pushed hard: hence 10.0 or 6.7, where about 4 serves for all channels (the authors' issues).
+    cfg_scale: float = 10.0  # guidance w in v_null + w (v_class - v_null); 1 = none
+    cfg_channels: int = 3  # guide the first k latent channels only; 0 = all
+    # [19] Guidance near noise costs variety. (It also stops near data there, not so in the authors' code.) No
+    # reason is given for 0.10 or 0.125.
+    cfg_interval_start: float = opt(0.10, "[0, 1]")  # guidance acts for t >= this
+    # The scale would multiply bf16's rounding errors: so LightningDiT is fp32 here, as in the authors' code.
+    precision: str = opt("fp32", choices=("fp32", "bf16"))  # of LightningDiT; fp32 is TF32 on CUDA
+    # --- what to draw
+    num: int = opt(50000, "[1, 1e7]")  # images (torchrun: write -- before sample.py, or it takes --num)
+    labels: str = "random"  # random, balanced (image i has class i mod classes), or a list like 3,207
+    seed: int = opt(0, "[0, 9e18]")  # sample i is a function of (seed, i), and with dopri5 of its batch
+    batch_size: int = opt(125, "[1, 1e5]")  # images in a forward pass, twice that under guidance
+    # --- conduct
+    out: str = opt("", same=False)  # folder of the run; default runs/PRESET
+    dit: str = opt("", same=False)  # checkpoint of train_dit.py; default OUT/dit.pt
+    vae: str = opt("", same=False)  # checkpoint of train_vae.py; default OUT/vae.pt
+    weights: str = opt("ema", choices=("ema", "model"))  # which weights of dit.pt
+    unfinished: bool = opt(False, same=False)  # take checkpoints whose training is not finished
+    data: str = opt("", same=False)  # may repeat what the checkpoint was trained on; else it is an error
+    image_size: int = opt(0, same=False)  # may repeat the checkpoint's, likewise
+    device: str = opt("auto", choices=("auto", "cuda", "cpu"), same=False)  # auto: CUDA if there is one
+    compile: bool = opt(torch.cuda.is_available(), same=False)  # torch.compile LightningDiT
+    fresh: bool = opt(False, same=False)  # discard samples.npz and unfinished samples in OUT
+    png: bool = opt(False, same=False)  # also write every image to OUT/samples/000000.png ...
+    sweep: str = opt("", same=False)  # picture sweep.png: a row for each guidance scale, like 1,2,4
+    trajectory: str = opt("", same=False)  # picture trajectory.png: x_t decoded at times like 0,0.5,1
 
-
-# [Sec. 5.4] 250 Euler steps; the authors' code: shift 0.3, guidance on the first 3 of 32 channels, which is why the scales are so large.
-PUBLISHED = dict(steps=250, shift=0.3, cfg_channels=3, batch_size=128)
-README_CLASSES = "975,3,207,387,388,88,979,279"    # the eight images of the authors' README
+# Ours, for two CPU cores: eight channels need neither a shift nor a large scale.
+MINI = {"num": 1000, "labels": "balanced", "batch_size": 100, "steps": 25, "shift": 1.0, "cfg_scale": 2.0,
+        "cfg_interval_start": 0.0, "cfg_channels": 0}
+# [Sec. 4] "no sample optimization methods such as cfg interval and timestep shift are used"
+DOPRI5 = {"integrator": "dopri5", "shift": 1.0, "cfg_scale": 1.0}
+PLAIN, LATE = {"cfg_scale": 1.0}, {"cfg_scale": 6.7, "cfg_interval_start": 0.125}
 PRESETS = {
-    "mini": dict(),                                # the defaults above: ours, for two CPU cores
-    "imagenet256": dict(num=50000, labels="random", cfg_scale=10.0, cfg_interval_start=0.10, **PUBLISHED),       # 64 epochs: FID 2.11
-    "official-64ep": dict(num=8, labels=README_CLASSES, cfg_scale=10.0, cfg_interval_start=0.10, **PUBLISHED),
-    "official-800ep": dict(num=8, labels=README_CLASSES, cfg_scale=6.7, cfg_interval_start=0.125, **PUBLISHED),  # FID 1.35
+    "mini": MINI, "imagenet256": {},
+    "table1": DOPRI5,  # FID-50k: 19.50 (DiT-XL/2) to 7.13 (LightningDiT-XL/2), 4.29 (XL/1 on VA-VAE)
+    # Table 2 (4, 5, A1 to A3, too) names no integrator; ours is Table 1's. B, L, XL on f16d32 with DINOv2:
+    "table2": DOPRI5 | {"num": 10000},  # FID-10K 15.82, 9.82, 8.22
+    # The paper does not say whether Table 3 keeps the shift where it leaves out guidance; ours does.
+    "table3-64ep": PLAIN,  # gFID 5.14, sFID 4.22, IS 130.2, precision 0.76, recall 0.62
+    "table3-64ep-cfg": {},  # 2.11, 4.16, 252.3, 0.81, 0.58
+    "table3-800ep": PLAIN,  # 2.17, 4.36, 205.6, 0.77, 0.65
+    "table3-800ep-cfg": LATE,  # 1.35, 4.15, 295.3, 0.79, 0.65
+    # the same with the authors' released weights; the eight images of their README, from those of 800 epochs
+    "official-64ep": {}, "official-800ep": LATE,
+    "official-demo": {"num": 8, "labels": "975,3,207,387,388,88,979,279", "shift": 1.0, "cfg_scale": 9.0,
+                      "cfg_interval_start": 0.0},
 }
-# The released files, huggingface.co/hustvl/<repository>/resolve/main/<file>. We have never seen them, so their hashes are printed, not stated.
-HUB = "https://huggingface.co/hustvl"
-RELEASED_VAE = f"{HUB}/vavae-imagenet256-f16d32-dinov2/resolve/main/vavae-imagenet256-f16d32-dinov2.pt"
-RELEASED_STATS = f"{HUB}/vavae-imagenet256-f16d32-dinov2/resolve/main/latents_stats.pt"
-RELEASED_DIT = {f"official-{e}ep": f"{HUB}/lightningdit-xl-imagenet256-{e}ep/resolve/main/lightningdit-xl-imagenet256-{e}ep.pt" for e in (64, 800)}
 
-
-# --- The ODE dx/dt = velocity(x, t), from t = 0 (noise) to t = 1 (data) ---------------------------------------------------------------------------
-# velocity(x, t): x (B, ...); t a tensor that broadcasts against x: 0-d from euler and heun, (B, 1, ...) from dopri5, where each sample has its own.
-# [Sec. 5.4] "timestep shift similar to FLUX": t' = s t / (1 + (s - 1) t)
+# --- The ODE dx/dt = v(x, t), from t = 0 (noise) to t = 1 (data) -------------------------------------
 def shift_timesteps(t, shift):
-    """Time grid t in [0, 1] (tensor or float) -> the same shape in [0, 1]; ends stay, shift < 1 moves points towards noise, 1 is the identity."""
-    return shift * t / (shift * t + (1 - t))                                     # the same denominator, written so that 1 stays exactly 1
+    """Times t in [0, 1] (tensor or number) -> the same shape; shift < 1 moves them to noise, 0 and 1 stay."""
+    # [Sec. 5.4] t' = s t / (1 + (s - 1) t), the denominator written so that 1 stays exactly 1
+    return shift * t / (shift * t + (1 - t))
 
-
-# x[i+1] = x[i] + (ts[i+1] - ts[i]) v(x[i], ts[i])
 def euler(velocity, x, ts):
-    """x (B, ...) at ts[0] -> x at ts[-1]. N points are N - 1 evaluations: the "250 steps" of [Sec. 5.4] are linspace(0, 1, 250) in code, so 249."""
-    for t, t_next in zip(ts[:-1], ts[1:]):
+    """x (B, ...) at ts[0] -> x at ts[-1], for velocity(x, t) with t 0-d. N points are N - 1 evaluations."""
+    for t, t_next in pairwise(ts):
+        # x_{i+1} = x_i + (t_{i+1} - t_i) v(x_i, t_i)
         x = x + (t_next - t) * velocity(x, t)
     return x
 
-
-# x[i+1] = x[i] + (ts[i+1] - ts[i]) (v(x[i], ts[i]) + v(x_euler, ts[i+1])) / 2
 def heun(velocity, x, ts):
-    """x (B, ...) at ts[0] -> x at ts[-1] by the second-order trapezoid: 2 (N - 1) evaluations for N grid points."""
-    for t, t_next in zip(ts[:-1], ts[1:]):
+    """The same by the trapezoid rule, of second order: 2 (N - 1) evaluations (ours)."""
+    for t, t_next in pairwise(ts):
         v = velocity(x, t)
+        # x_{i+1} = x_i + (t_{i+1} - t_i) (v(x_i, t_i) + v(x_euler, t_{i+1})) / 2
         x = x + (t_next - t) * (v + velocity(x + (t_next - t) * v, t_next)) / 2
     return x
 
-
-# x_new = x + h sum_j B_j k_j,  k_j = v(x + h sum_i A_ji k_i, t + C_j h),  error = rms(h sum_j E_j k_j / (atol + rtol max(|x|, |x_new|)))
 def dopri5(velocity, x, ts, rtol=1e-3, atol=1e-6):
-    """x (B, ...) at ts[0] -> x at ts[-1] > ts[0] by Dormand-Prince 5(4) with error control. Only the ends of ts count, so a shift changes nothing.
+    """The same by Dormand-Prince 5(4), which chooses its steps; UserError if it cannot go on.
+    Only the ends of ts count, so a shift changes nothing. The batch has ONE step size, from the error over
+    all of it: with dopri5 a sample depends a little on its neighbours. Tolerances: the authors' code."""
+    def slope(t, flat):
+        v = velocity(torch.from_numpy(flat).view(x.shape).to(x), t)
+        # at a NaN, RK45 would make its step smaller for ever
+        require(v.isfinite().all(), f"dopri5: the velocity at t = {t:.4f} is not finite: broken weights?")
+        return v.double().flatten().cpu().numpy()
 
-    Table 1 of the paper is sampled this way. Tableau and step rules are scipy.integrate.RK45's, but each SAMPLE has its own step. Measured on a
-    mixture of 16 Gaussians, 64 samples of 256 numbers: taking a sample out of its batch moves it by 2e-5; with RK45 on the whole batch, whose error
-    norm runs over all samples, by 2e-2, more than a grey level; RK45 sample by sample makes 1946 network calls instead of 56. Samples that have
-    arrived wait for the others. Fails if the velocity is not finite or the step vanishes.
-    """
-    # A, C: where the stages look; B: their weights in the fifth-order result; E: B minus the fourth-order weights, so h E k estimates the error
-    A, B, C, E = RK45.A.tolist(), RK45.B.tolist(), RK45.C.tolist(), RK45.E.tolist()
-    per_sample = (len(x),) + (1,) * (x.dim() - 1)
-    norm = lambda d, scale: (d / scale).square().flatten(1).mean(1).sqrt().view(per_sample)    # noqa: E731      (B, 1, ...)
-    mix = lambda weights, k: sum(w * k_j for w, k_j in zip(weights, k) if w)                   # noqa: E731
-    t = torch.full(per_sample, float(ts[0]), dtype=x.dtype, device=x.device)
-    end = torch.full_like(t, float(ts[-1]))
-    f, scale = velocity(x, t), atol + rtol * x.abs()
-    # The first step (Hairer, Norsett and Wanner, Sec. II.4): a small Euler step tells how fast the velocity turns.
-    d0, d1 = norm(x, scale), norm(f, scale)
-    h0 = torch.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1).minimum(end - t)
-    d2 = norm(velocity(x + h0 * f, t + h0) - f, scale) / h0
-    turn = torch.maximum(d1, d2)
-    h = torch.where(turn <= 1e-15, (1e-3 * h0).clamp(min=1e-6), (0.01 / turn) ** 0.2).minimum(100 * h0)
-    growth = torch.full_like(t, 10.0)
-    while (t < end).any():
-        t_new = torch.minimum(t + h, end)
-        if ((h < 1e-12) & (t_new < end)).any():
-            fail(f"dopri5: the step size vanished at t = {t.min():.6f}; use --integrator euler")
-        h, k = t_new - t, [f]                                                    # h = 0 for a sample that has arrived
-        for a, c in zip(A[1:], C[1:]):
-            k.append(velocity(x + h * mix(a, k), t + c * h))
-        x_new = x + h * mix(B, k)
-        k.append(velocity(x_new, t_new))                                         # is also the first evaluation of the next step
-        error = norm(h * mix(E, k), atol + rtol * torch.maximum(x.abs(), x_new.abs()))
-        if not error.isfinite().all():
-            fail(f"dopri5: the velocity is not finite near t = {t.min():.6f}: check the checkpoint, or try --precision fp32")
-        accept = error < 1
-        # the error is of order h^5: the next h would bring it to 0.9^5 of the tolerance, within [0.2, growth] of this one
-        h = h * (0.9 * error ** -0.2).clamp(min=0.2).minimum(torch.where(accept, growth, 1.0))
-        growth = torch.where(accept, 10.0, 1.0)                                  # as in scipy: no growth right after a rejected step
-        x, f, t = torch.where(accept, x_new, x), torch.where(accept, k[-1], f), torch.where(accept, t_new, t)
-    return x
+    start = x.double().flatten().cpu().numpy()
+    solver = RK45(slope, float(ts[0]), start, float(ts[-1]), rtol=rtol, atol=atol)
+    while solver.status == "running":
+        solver.step()
+    require(solver.status == "finished", f"dopri5: no step is small enough at t = {solver.t:.4f}: use euler")
+    return torch.from_numpy(solver.y).view(x.shape).to(x)
 
-
-INTEGRATORS = dict(euler=euler, heun=heun, dopri5=dopri5)
-
-
-# v = v_null + w (v_class - v_null) on the first `channels` channels for t >= interval_start, v = v_class elsewhere
 def guided_velocity(model, x, t, y, scale, null_class=None, interval_start=0.0, channels=None):
-    """Velocity under classifier-free guidance, (B, C, H, W) like x.
+    """Classifier-free guidance: x (B, C, H, W) at time t (a number or 0-d) -> velocity, shaped like x.
+    model(x, t, y): velocity for times (B,) and classes y (B,). null_class: default model.num_classes, the
+    last row of the class table, which training put in the place of a tenth of the labels. channels: guide the
+    first k, None = all. Scale 1 or t < interval_start: no unconditional half."""
+    times = torch.full((len(x),), float(t), dtype=x.dtype, device=x.device)
+    # [Sec. 5.4, "cfg interval"] v = v_class near noise
+    if scale == 1 or t < interval_start:
+        return model(x, times, y).to(x.dtype)
+    null = torch.full_like(y, model.num_classes if null_class is None else null_class)
+    # both halves as one batch, (2B, C, H, W)
+    both = model(torch.cat([x, x]), torch.cat([times, times]), torch.cat([y, null])).to(x.dtype)
+    v_class, v_null = both.chunk(2)
+    # v = v_null + w (v_class - v_null) on the first k channels, v_class on the others
+    guided = v_null + scale * (v_class - v_null)
+    k = x.shape[1] if channels is None else channels
+    return torch.cat([guided[:, :k], v_class[:, k:]], dim=1)
 
-    model(x, t, y): velocity network; t in [0, 1]: number, 0-d or one per sample; y (B,) classes; scale w, 1 = no guidance; null_class: default
-    model.num_classes, the last row of the class table; interval_start: samples with t below it get the conditional velocity alone and no
-    unconditional evaluation [Sec. 5.4, "cfg interval"]; channels: guide the first k only, None = all (the authors' code: 3 of 32).
-    The conditional and the unconditional half run as one batch.
-    """
-    t = torch.as_tensor(t).reshape(-1)
-    guided = ((t >= interval_start) & (scale != 1)).expand(len(x)).nonzero().flatten().to(x.device)      # rows under guidance; no wait if t is on CPU
-    t = t.to(x.device, x.dtype).expand(len(x))                                   # (B,)
-    if len(guided) == 0:
-        return model(x, t, y).to(x.dtype)
-    # the conditional half is all B samples, the unconditional half only the G guided ones
-    null = torch.full_like(y[guided], model.num_classes if null_class is None else null_class)
-    v = model(torch.cat([x, x[guided]]), torch.cat([t, t[guided]]), torch.cat([y, null])).to(x.dtype)    # (B + G, C, H, W)
-    v, v_null = v[:len(x)].clone(), v[len(x):]
-    v[guided, :channels] = v_null[:, :channels] + scale * (v[guided, :channels] - v_null[:, :channels])
-    return v
-
-
-# --- What to sample from ------------------------------------------------------------------------------------------------------------------------
-def make_system(s, device, model, tokenizer, latents, classes, objective="flow", model_name="", **identity):
-    """Everything that turns noise into images: networks on `device`, latent statistics and shape, and `identity`, which goes into the .npz."""
-    channels = latents["shape"][0]
-    for ok, message in ((s.steps >= 2, f"--steps {s.steps}: a time grid has at least 2 points"),
-                        (s.shift > 0, f"--shift {s.shift} must be above 0"),
-                        (s.cfg_interval_start <= 1, f"--cfg-interval-start {s.cfg_interval_start} is not in [0, 1]"),
-                        (s.cfg_channels <= channels, f"--cfg-channels {s.cfg_channels}: the latents have {channels} channels"),
-                        (s.interpolate != 1, "--interpolate 1: at least 2 images, or 0 for no picture"),
-                        (s.data in ("", identity["data"]), f"--data {s.data}: the checkpoint is for {identity['data']}; leave the flag out"),
-                        (s.image_size in (0, identity["image_size"]),
-                         f"--image-size {s.image_size}: the checkpoint is for {identity['image_size']}; leave the flag out")):
-        if not ok:
-            fail(message)
-    for text, flag in ((s.sweep, "--sweep"), (s.trajectory, "--trajectory")):    # early: a typing error must not wait for the first batch
-        numbers(text, flag)
-    num_classes = model.num_classes
-    parse_labels(s.labels, num_classes)
-    # Precision and compilation are decided here and nowhere else. Fixed shapes for euler and heun: guidance on and off are two graphs.
-    bf16 = s.precision == "bf16" or s.precision == "auto" and device.type == "cuda"
-    model = model.eval().requires_grad_(False).to(device)
-    if s.compile:
-        model = torch.compile(model, dynamic=s.integrator == "dopri5")
-    return SimpleNamespace(model=ddpm_velocity(model) if objective == "ddpm" else model, num_classes=num_classes, classes=classes, bf16=bf16,
-                           tokenizer=tokenizer.eval().requires_grad_(False).to(device), shape=latents["shape"], device=device,
-                           mean=latents["mean"].to(device), std=latents["std"].to(device),
-                           identity=dict(model=model_name, objective=objective, precision="bf16" if bf16 else "fp32", **identity))
-
-
-def load_run(s, device):
-    """The LightningDiT of --dit and the tokenizer of --vae that it was trained on."""
-    path = s.dit or f"{s.out}/dit.pt"
-    dit = load_checkpoint(path, "dit", "run python train_dit.py first, or name one with --dit")
-    tokenizer, vae = load_tokenizer(s.vae or f"{s.out}/vae.pt", device)
-    vae_hash = fingerprint(vae["state_dict"])
-    if vae_hash != dit["tokenizer"]["fingerprint"]:
-        fail(f"{path} was trained on latents of another tokenizer ({dit['tokenizer']['path']}) than {s.vae or f'{s.out}/vae.pt'}: name it with --vae")
-    model = LightningDiT(**dit["arch"])
-    load_weights(model, dit[s.weights], path)
-    arch = dit["arch"]
-    name = next((f"{name}/{arch.get('patch_size', 1)}" for name, size in SIZES.items() if size.items() <= arch.items()), "other")
-    return make_system(s, device, model, tokenizer, dit["latents"], dit["classes"], dit["objective"], model_name=name, data=dit["data"],
-                       image_size=dit["image_size"], dit_step=dit["step"], dit_fingerprint=fingerprint(dit[s.weights]),
-                       tokenizer_fingerprint=vae_hash)
-
-
-def load_official(s, world):
-    """The published VA-VAE f16d32 and LightningDiT-XL/1 [Table 2, Sec. 5.4] through torch.hub's cache; prints the SHA-256 of each file."""
-    pins = dict(pin.split("=", 1) for pin in s.sha256.split(",") if "=" in pin)
-    urls = {url.rsplit("/", 1)[1]: url for url in (RELEASED_VAE, RELEASED_STATS, RELEASED_DIT[s.preset])}
-    if set(pins) - set(urls) or s.sha256.count("=") != len(s.sha256.split(",")) * bool(s.sha256) or any(len(p) < 8 for p in pins.values()):
-        fail(f"--sha256 {s.sha256}: give 'file=hash,...' with 8 or more hex digits and files out of {', '.join(urls)}")
-    for turn in (True, False):                                                   # rank 0 downloads, hashes and prints; then the others read
-        if turn == (world.rank == 0):
-            paths = [hub_file(url, sha256=pins.get(name) if turn else None) for name, url in urls.items()]
-            for path in paths if turn else ():
-                with open(path, "rb") as f:
-                    digest = hashlib.sha256()
-                    while block := f.read(1 << 22):
-                        digest.update(block)
-                print(f"{path}\n  sha256 {digest.hexdigest()}" + ("" if path.name in pins else "  (not pinned: see --sha256)"), flush=True)
-        barrier(world)
-    spec, weights = read_released_tokenizer(paths[0])
-    tokenizer = AutoencoderKL(**spec)
-    tokenizer.load_state_dict(weights)
-    stats = torch_load(paths[1])
-    released = read_released_dit(paths[2])
-    side, channels = 16, spec["embed_dim"]                                       # 256 / f16
-    if not isinstance(stats, dict) or any(tuple(stats.get(k, torch.empty(0)).shape) != (1, channels, 1, 1) for k in ("mean", "std")):
-        fail(f"{paths[1]} does not hold 'mean' and 'std' of shape (1, {channels}, 1, 1)")
-    # The facts about the 800-epoch release leave QK-norm open; the names of the weights decide.
-    model = LightningDiT(input_size=side, patch_size=1, in_channels=channels, use_qknorm=any(".q_norm." in name for name in released), **SIZES["XL"])
-    load_weights(model, released, paths[2])
-    latents = dict(mean=stats["mean"].float(), std=stats["std"].float(), shape=[channels, side, side])
-    size = side * 2 ** (len(spec["ch_mult"]) - 1)
-    return make_system(s, world.device, model, tokenizer, latents, [f"class {i}" for i in range(model.num_classes)], model_name="XL/1",
-                       data="imagenet", image_size=size, dit_step=None, dit_fingerprint=fingerprint(released),
-                       tokenizer_fingerprint=fingerprint(weights))
-
-
-# --- Sample i -----------------------------------------------------------------------------------------------------------------------------------
-def parse_labels(labels, num_classes):
-    """--labels -> None for 'balanced' and 'random', else the list of classes; fails on anything that is not a class."""
-    if labels in ("balanced", "random"):
-        return None
-    listed = labels.split(",")
-    if not all(c.strip().isdecimal() and int(c) < num_classes for c in listed):
-        fail(f"--labels {labels}: balanced, random, or a list of classes from 0 to {num_classes - 1}")
-    return [int(c) for c in listed]
-
-
-def draw(system, s, indices):
-    """Indices of samples -> noise x0 (B, C, H, W) and classes y (B,), each sample from its own CPU generator seeded by (seed, i)."""
-    listed = parse_labels(s.labels, system.num_classes)
-    noise, y = [], []
-    for i in indices:
-        g = step_generator("cpu", s.seed, i)
-        noise.append(torch.randn(system.shape, generator=g))                     # first, so that the noise is the same whatever the labels
-        drawn = int(torch.randint(system.num_classes, (), generator=g))
-        y.append(listed[i % len(listed)] if listed else drawn if s.labels == "random" else i % system.num_classes)
-    return torch.stack(noise).to(system.device), torch.tensor(y, device=system.device)
-
+# --- A sample in three lines: noise and classes, the ODE, the decoder --------------------------------
+@torch.inference_mode()
+def sample_unit(system, s, indices, ts):
+    """Indices of B samples, times ts (time_grid) -> images (B, 3, H, W), about [-1, 1], and classes (B,)."""
+    x0, y = draw(system, s, indices)
+    x1 = integrate(system, s, x0, y, ts)
+    # Undo the (z - mean) / std of train_dit.py, with the statistics that its checkpoint keeps. Nothing else
+    # is done to a latent before the decoder: no clipping, no noise of the posterior.
+    return decode(system, x1 * system.std + system.mean), y
 
 def time_grid(s):
-    """(steps,) shifted times from 0 to 1 in float64 on the CPU, where comparing them with the guidance interval costs no GPU wait."""
+    """(steps,) times from 0 to 1, float64 on the CPU, where comparing them costs no wait for the GPU."""
     return shift_timesteps(torch.linspace(0, 1, s.steps, dtype=torch.float64), s.shift)
 
+# === Plumbing: nothing of the paper below this line ===
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields, replace
+from pathlib import Path
 
-def integrate(system, s, x, y, ts, scale=None):
-    """x (B, C, H, W) at ts[0], classes y (B,) -> x at ts[-1], and how many samples went through the network as [conditional, unconditional]."""
-    rows = [0, 0]                                                                # samples asked of velocity; samples that the network saw
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
 
-    def network(x, t, y):
-        rows[1] += len(x)
-        return system.model(x, t, y)
+from dit import SIZES, LightningDiT, read_released_dit
+from train_dit import ddpm_velocity
+from train_vae import DiskArrays, Stop, atomic_write, load_checkpoint, npz_array, run_script, save_grid
+from vae import UserError, file_hash, fingerprint, hub_file, load_tokenizer, load_weights, torch_load
 
+
+class System:
+    """What turns noise into images: a LightningDiT and the tokenizer that it was trained on, ours or the
+    authors', on this process's device. UserError if they, or the settings s, do not fit."""
+
+    def __init__(self, s, world):
+        if s.preset in OFFICIAL:
+            dit, vae, state = read_official(s.preset, world)
+        else:
+            dit, vae = s.dit or f"{s.out}/dit.pt", s.vae or f"{s.out}/vae.pt"
+            state = load_checkpoint(dit, "dit", "run python train_dit.py first, or name one with --dit")
+        check_entries(state, dit, "step", "total_steps", "arch", "latents", "classes", "objective", "data",
+                      "image_size", "tokenizer", s.weights)
+        require(s.unfinished or state["step"] == state["total_steps"], f"{dit} is unfinished (step "
+                f"{state['step']} of {state['total_steps']}): run train_dit.py again, or --unfinished")
+        self.tokenizer, tokenizer_state = load_tokenizer(vae, world.device, unfinished=s.unfinished)
+        vae_hash, trained_on = fingerprint(tokenizer_state["state_dict"]), state["tokenizer"]
+        require(trained_on.get("fingerprint", "none") in (vae_hash, None), f"{dit} was trained on latents of "
+                f"another tokenizer ({trained_on.get('path')}) than {vae}: name it with --vae")
+        with reading(dit):
+            model = LightningDiT(**state["arch"])
+            load_weights(model, state[s.weights], dit)
+            # statistics (1, C, 1, 1) of all latents, shape (C, h, w) of one
+            self.mean, self.std = (state["latents"][key].float().to(world.device) for key in ("mean", "std"))
+            self.shape, self.classes = tuple(state["latents"]["shape"]), state["classes"]
+            whole = self.mean.shape == self.std.shape == (1, model.in_channels, 1, 1)
+            whole = whole and self.mean.isfinite().all() and 0 < self.std.min() and self.std.max() < 1e6
+            side = state["image_size"] // self.tokenizer.f
+            whole = whole and self.shape == (self.tokenizer.embed_dim, side, side)
+            whole = whole and state["objective"] in ("flow", "ddpm")
+            whole = whole and len(self.classes) == model.num_classes
+        require(whole, f"{dit} is damaged: its latents or classes do not fit its network or the tokenizer")
+        self.model = model.to(world.device).eval().requires_grad_(False)
+        if state["objective"] == "ddpm":
+            self.model = ddpm_velocity(self.model)
+        # a single batch is done before it would be compiled
+        if s.compile and s.num > s.batch_size:
+            self.model = torch.compile(self.model)
+        self.device, self.dit, self.vae = world.device, dit, vae
+        # what samples.npz tells of its origin
+        self.identity = {key: state[key] for key in ("objective", "data", "image_size")}
+        size = [name for name, size in SIZES.items() if size.items() <= state["arch"].items()] or ["other"]
+        self.identity |= {"model": f"{size[0]}/{model.patch_size}", "dit_step": state["step"],
+                          "dit_fingerprint": fingerprint(state[s.weights]), "tokenizer_fingerprint": vae_hash}
+        # The flags, now and not after the last image. The class table has a row for the null class only if
+        # training dropped labels.
+        listed = "" if s.labels in ("random", "balanced") else s.labels
+        self.listed = numbers("--labels", listed, len(self.classes) - 1, int) or range(len(self.classes))
+        self.scales, self.times = numbers("--sweep", s.sweep, 1000), numbers("--trajectory", s.trajectory, 1)
+        has_null = model.y_embedder.embedding_table.num_embeddings > model.num_classes
+        require(has_null or {s.cfg_scale, *self.scales} == {1}, f"{dit} was trained with --class-dropout 0: "
+                "there is no null class to guide with; use --cfg-scale 1")
+        require(s.cfg_channels <= self.shape[0],
+                f"--cfg-channels {s.cfg_channels}: the latents have {self.shape[0]} channels")
+        for flag, value, own in (("--data", s.data, state["data"]),
+                                 ("--image-size", s.image_size, state["image_size"])):
+            require(value in ("", 0, own), f"{flag} {value}: the checkpoint is for {own}; leave {flag} out")
+
+# The authors' repositories. We have never seen the files: their hashes are printed, not stated.
+URL = "https://huggingface.co/hustvl/{}/resolve/main/{}"
+RELEASED_VAE, RELEASED_DIT = "vavae-imagenet256-f16d32-dinov2", "lightningdit-xl-imagenet256-{}ep"
+OFFICIAL = {"official-64ep": 64, "official-800ep": 800, "official-demo": 800}
+
+def read_official(preset, world):
+    """Preset -> files of LightningDiT-XL/1 and VA-VAE in torch.hub's cache, and a state like dit.pt's."""
+    name = RELEASED_DIT.format(OFFICIAL[preset])
+    with world.first():
+        vae = hub_file(URL.format(RELEASED_VAE, f"{RELEASED_VAE}.pt"))
+        stats = hub_file(URL.format(RELEASED_VAE, "latents_stats.pt"))
+        dit = hub_file(URL.format(name, f"{name}.pt"))
+    for path in (vae, stats, dit):
+        world.print(f"{path}\n  {file_hash(path)}")
+    weights, latents = read_released_dit(dit), torch_load(stats)
+    for key in ("mean", "std"):
+        require(isinstance(latents, dict) and getattr(latents.get(key), "shape", ()) == (1, 32, 1, 1),
+                f"{stats} does not hold a {key} of shape (1, 32, 1, 1)")
+    # It is not known whether the 800-epoch release has QK-norm: the names of its weights decide.
+    arch = SIZES["XL"] | {"use_qknorm": any(".q_norm." in key for key in weights)}
+    return dit, vae, {"step": 0, "total_steps": 0, "arch": arch, "ema": weights, "model": weights,
+                      "objective": "flow", "data": "imagenet", "image_size": 256,
+                      "classes": list(range(1000)), "tokenizer": {"fingerprint": None},
+                      "latents": latents | {"shape": (32, 16, 16)}}
+
+def numbers(flag, text, high, kind=float):
+    """'1,2.5' -> [1.0, 2.5], '' -> []; UserError that names the flag unless all are from 0 to high."""
+    try:
+        values = [kind(part) for part in text.split(",")] if text else []
+    except ValueError:
+        values = [-1]
+    require(all(0 <= v <= high for v in values), f"{flag} {text}: give numbers from 0 to {high}, with commas")
+    return values
+
+def draw(system, s, indices):
+    """Indices -> noise (B, C, h, w) and classes (B,): sample i from its own CPU generator, of (seed, i)."""
+    noise, y = [], []
+    for i in indices:
+        generator = step_generator("cpu", s.seed, i)
+        # the noise first, so that it is the same whatever the labels
+        noise.append(torch.randn(system.shape, generator=generator))
+        drawn = int(torch.randint(len(system.classes), (), generator=generator))
+        y.append(drawn if s.labels == "random" else system.listed[i % len(system.listed)])
+    return torch.stack(noise).to(system.device), torch.tensor(y, device=system.device)
+
+def integrate(system, s, x, y, ts):
+    """x (B, C, h, w) at ts[0], classes y (B,) -> x at ts[-1], by the settings."""
     def velocity(x, t):
-        rows[0] += len(x)
-        return guided_velocity(network, x, t, y, s.cfg_scale if scale is None else scale, system.num_classes, s.cfg_interval_start,
+        return guided_velocity(system.model, x, t, y, s.cfg_scale, len(system.classes), s.cfg_interval_start,
                                s.cfg_channels or None)
 
-    with autocast(x, system.bf16):
-        x = INTEGRATORS[s.integrator](velocity, x, ts)
-    return x, [rows[0], rows[1] - rows[0]]
+    with autocast(x, s.precision == "bf16"):
+        return {"euler": euler, "heun": heun, "dopri5": dopri5}[s.integrator](velocity, x, ts)
 
+def decode(system, z):
+    """Latents z (B, C, h, w) -> images (B, 3, H, W); UserError, for clipping would make NaN black pixels."""
+    require(z.isfinite().all(), f"{system.dit} gives latents that are not finite: its weights are broken")
+    # 16 at a time, for memory
+    images = torch.cat([system.tokenizer.decode(part) for part in z.split(16)])
+    require(images.abs().max() < 1000, f"{system.vae} gives images that are not finite, or far from [-1, 1]: "
+            "its weights are broken")
+    return images
 
-def decode(system, x):
-    """Normalised latents x (B, C, h, w) -> uint8 images (B, H, W, 3) as a numpy array; at most 2^20 pixels at a time, for memory."""
-    z = x * system.std + system.mean                                             # undo (z - mean) / std of train_dit.py
-    parts = z.split(max(1, 2 ** 20 // system.identity["image_size"] ** 2))
-    images = torch.cat([to_uint8(system.tokenizer.decode(part)) for part in parts])    # (B, 3, H, W)
-    return images.permute(0, 2, 3, 1).cpu().numpy()                              # (B, H, W, 3)
-
-
-@torch.inference_mode()
-def sample_unit(system, s, indices):
-    """The whole of sampling in three lines: noise and classes, the ODE, the decoder.
-
-    One batch: indices -> uint8 images (B, H, W, 3), int64 classes (B,), evaluations [conditional, unconditional] summed over the batch.
-    """
-    x0, y = draw(system, s, indices)
-    x1, evaluations = integrate(system, s, x0, y, time_grid(s))
-    return decode(system, x1), y.cpu().numpy(), evaluations
-
-
-# --- Any number of samples, over any number of processes ------------------------------------------------------------------------------------------
-# Work is dealt in units of one batch, indices [k B, (k + 1) B): unit k goes to process k mod N and its images into a file of their own, so that the
-# arithmetic, and with it every byte of the result, is the same for any N and after any interruption.
-def barrier(world):
-    """Wait for the other processes, if there are any."""
-    if world.size > 1:
-        dist.barrier()
-
-
-def read_meta(path):
-    """The "meta" of an .npz that this script wrote."""
-    try:
-        with np.load(path) as file:
-            return json.loads(str(file["meta"]))
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        fail(f"{path} is not a batch of this script ({error}): move it away, or --fresh to replace it")
-
-
-def open_job(s, identity):
-    """Rank 0, before anything is sampled: makes OUT/samples_parts, or fails if what OUT holds was made with other settings."""
-    batch, parts = Path(s.out, "samples.npz"), Path(s.out, "samples_parts")
-    if s.fresh:
+def sample_all(system, s, world, identity, batch):
+    """All samples into the file `batch`, which is whole when rank 0 returns.
+    Work is dealt in units of one batch, samples [k B, (k + 1) B), each of them the same arithmetic whoever
+    does it: so the file has the same bytes for any number of processes and after any interruption."""
+    folder, size = batch.with_name("samples_parts"), system.identity["image_size"]
+    pngs = list(batch.parent.glob("samples/" + "[0-9]" * 6 + ".png"))
+    require(s.fresh or not (s.png and pngs), f"{batch.parent}/samples holds PNGs, which would mix with the "
+            "new ones: move them away, or --fresh to replace them")
+    rows = {"arr_0": ((size, size, 3), np.uint8), "arr_1": ((), np.int64)}
+    parts = DiskArrays(folder, s.num, s.batch_size, rows, identity, world, s.fresh)
+    if s.fresh and world.rank == 0:  # not before the folder is ours alone
         batch.unlink(missing_ok=True)
-        shutil.rmtree(parts, ignore_errors=True)
-    note = parts / "settings.json"
-    for path, made in ((batch, read_meta(batch) if batch.exists() else None), (note, json.loads(note.read_text()) if note.exists() else None)):
-        different = [f"{k} {made.get(k)} (now {v})" for k, v in identity.items() if made.get(k) != v] if made else []
-        if different:
-            fail(f"{path} was made with other settings: {', '.join(different)}. Repeat those, --fresh to start over, or another --out with --dit "
-                 "and --vae")
-    # A finished batch is compared too: overwriting 50,000 images because of one forgotten flag would be worse than an error.
-    if not batch.exists():
-        parts.mkdir(parents=True, exist_ok=True)
-        atomic_write(note, lambda f: f.write(json.dumps(identity, indent=1).encode()))
-
-
-def sample_all(s, system, world, identity):
-    """All images of the run into OUT/samples.npz; whatever is there already is not made again. Returns when rank 0 has merged the parts."""
-    if world.rank == 0:
-        open_job(s, identity)
-    barrier(world)
-    batch = Path(s.out, "samples.npz")
-    if batch.exists():
-        if world.rank == 0:
-            print(f"{batch} is finished: {s.num} images with these settings; --fresh makes them again")
-            shutil.rmtree(Path(s.out, "samples_parts"), ignore_errors=True)      # killed between the merge and this line
-        return
-    # Unit k belongs to process k mod N whether or not it exists already: processes that looked at the folder at different moments would deal
-    # the missing ones differently, and lose some.
-    units = [range(k, min(k + s.batch_size, s.num)) for k in range(0, s.num, s.batch_size)]
-    part = lambda unit: Path(s.out, "samples_parts", f"{unit[0]:08d}.npz")       # noqa: E731
-    made = lambda: sum(len(unit) for unit in units if part(unit).exists())       # noqa: E731      by all processes
+    stop, ts, mine, on_gpu = Stop(world), time_grid(s), parts.missing(), world.device.type == "cuda"
 
     def work(unit):
+        start, end = unit
         if stop.asked:
             return
-        images, labels, evaluations = sample_unit(system, s, unit)
-        atomic_write(part(unit), lambda f: np.savez(f, images=images, labels=labels, evaluations=evaluations))
+        # Both hold for this thread alone. A sum's last bits depend on how many threads share it: one a unit.
+        if on_gpu:
+            torch.cuda.set_device(world.device)
+        else:
+            torch.set_num_threads(1)
+        # The last unit is filled up with samples that nobody asked for: another size would be two more graphs
+        # to compile, with guidance and without.
+        images, y = sample_unit(system, s, range(start, start + min(s.batch_size, s.num)), ts)
+        pixels = to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()
+        parts.write(start, arr_0=pixels[:end - start], arr_1=y.cpu().numpy()[:end - start])
 
-    stop = Stop(world)
-    mine = [unit for unit in units[world.rank::world.size] if not part(unit).exists()]
-    # CPU: one unit a core rather than all cores on one unit. Sums are split over the threads of an operation, so the last bits of a result depend on
-    # their number (measured: VA-VAE's decoder); with one thread a unit they do not. GPU: one unit at a time, and under
-    # torch.compile too, since the compiler is not made for several threads.
-    cores = 1 if system.device.type == "cuda" or s.compile else max(1, (os.cpu_count() or 1) // world.size)
-    one_thread = None if system.device.type == "cuda" else lambda: torch.set_num_threads(1)
-    with ThreadPoolExecutor(cores, initializer=one_thread) as pool, tqdm(total=s.num, initial=made(), desc="sampling", unit="image",
-                                                                         disable=world.rank > 0) as bar:
-        for _ in pool.map(work, mine):
-            bar.update(made() - bar.n)
-        while world.rank == 0 and made() < s.num and not stop.asked:             # the other processes' last units
-            time.sleep(0.2)
-            bar.update(made() - bar.n)
-    if stop.asked:
-        fail(f"stopped with {made()} of {s.num} images in {s.out}/samples_parts; the same command goes on from there")
+    # On the CPU one unit a core. A GPU does one at a time, and so does the compiler, not made for threads.
+    cores = 1 if on_gpu or s.compile else max(1, (os.cpu_count() or 1) // world.size)
+    with ThreadPoolExecutor(cores) as pool:
+        list(tqdm(pool.map(work, mine), "sampling", len(mine), unit="batch", disable=world.rank > 0))
+    # also waits for the other processes' last units
+    if stop.agreed():
+        stop.leave(f"stopped with {parts.count()} of {s.num} images; the same command goes on from there")
+    stop.end()
     if world.rank == 0:
-        merge(batch, [part(unit) for unit in units], identity)
-        shutil.rmtree(Path(s.out, "samples_parts"))
+        # An ADM batch: arr_0 uint8 (N, H, W, 3), arr_1 int64 (N,) classes, meta a JSON string. Nothing in it
+        # depends on when, where or by how many processes it was made. Memory maps, for it may be 10 GB.
+        arrays = {name: parts.array(name) for name in rows} | {"meta": json.dumps(identity)}
+        class_picture(arrays["arr_0"], arrays["arr_1"], system.classes, batch.with_name("samples.png"))
+        for old in pngs if s.fresh else ():
+            old.unlink(missing_ok=True)
+        atomic_write(batch, lambda file: np.savez(file, **arrays))
+        print(f"{batch}: {s.num} images")
 
-
-def merge(path, parts, identity):
-    """Parts -> one ADM batch: arr_0 uint8 (N, H, W, 3), arr_1 int64 (N,) classes, meta a JSON string. Part by part: 50,000 images are 10 GB."""
-    # Nothing in meta depends on when, where or by how many processes the images were made: the file is a function of settings and weights.
-    labels, evaluations = [], np.zeros(2, np.int64)
-    for part in parts:
-        with np.load(part) as file:
-            labels.append(file["labels"])
-            evaluations += file["evaluations"]
-            shape = file["images"].shape[1:]
-    labels = np.concatenate(labels)                                              # (N,)
-    mean = (evaluations / len(labels)).round(3).tolist()
-    meta = {**identity, "conditional_evaluations": mean[0], "unconditional_evaluations": mean[1]}
-
-    def write(f):
-        with zipfile.ZipFile(f, "w", zipfile.ZIP_STORED) as archive:
-            entry = lambda name: archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True)    # noqa: E731    ZipInfo: dated 1980, always
-            with entry("arr_0") as out:
-                header = dict(descr="|u1", fortran_order=False, shape=(len(labels), *shape))
-                np.lib.format.write_array_header_1_0(out, header)
-                for part in tqdm(parts, desc="writing " + path.name, unit="part"):
-                    with np.load(part) as file:
-                        out.write(file["images"].tobytes())
-            for name, array in (("arr_1", labels), ("meta", np.array(json.dumps(meta)))):
-                with entry(name) as out:
-                    np.lib.format.write_array(out, array, allow_pickle=False)
-
-    atomic_write(path, write)
-    saved = 1 - sum(mean) / (2 * mean[0])
-    print(f"{path}: {len(labels)} images; evaluations per image: {mean[0]:g} conditional, {mean[1]:g} unconditional"
-          + (f" ({saved:.1%} of the network evaluations saved by the guidance interval)" if mean[1] and saved else ""))
-
-
-def stream(path):
-    """Yields the images (H, W, 3) uint8 of an .npz batch one by one, without holding them all."""
-    with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as array:
-        np.lib.format.read_magic(array)
-        shape = np.lib.format.read_array_header_1_0(array)[0]
-        for _ in range(shape[0]):
-            yield np.frombuffer(array.read(int(np.prod(shape[1:]))), np.uint8).reshape(shape[1:])
-
-
-# --- Pictures -------------------------------------------------------------------------------------------------------------------------------------
-def sheet(path, rows, names):
-    """Writes a PNG: rows of images (n, H, W, 3) uint8, with a name to the left of each; small images are enlarged to at least 64 pixels."""
-    size = rows[0][0].shape[0]
-    zoom = max(1, 64 // size)
-    cell, pen = size * zoom + 2, ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    margin = 8 + max(int(pen.multiline_textbbox((0, 0), name)[2]) for name in names)
-    canvas = Image.new("RGB", (margin + cell * max(map(len, rows)), cell * len(rows)), "white")
-    pen = ImageDraw.Draw(canvas)
-    for i, (row, name) in enumerate(zip(rows, names)):
-        pen.multiline_text((4, i * cell + 4), name, fill="black")
-        for j, image in enumerate(row):
-            canvas.paste(Image.fromarray(image).resize((size * zoom,) * 2, Image.Resampling.NEAREST), (margin + j * cell, i * cell))
-    atomic_write(path, lambda f: canvas.save(f, "PNG"))
-    print(path)
-
-
-def class_picture(s, system):
-    """samples.png: a row for each class (at most 20), its first 10 images. One image a class, as in the official presets: rows of four."""
-    batch, columns = Path(s.out, "samples.npz"), 10
-    with np.load(batch) as file:
-        labels = file["arr_1"].tolist()
-    shown = list(dict.fromkeys(labels))[:20]
-    if s.labels == "random":
-        shown.sort()
-    rows = [[i for i, label in enumerate(labels) if label == c][:columns] for c in shown]      # indices of images
-    names = [system.classes[c] for c in shown]
-    if max(map(len, rows)) == 1:
-        rows, names = [sum(rows[k:k + 4], []) for k in range(0, len(rows), 4)], ["\n".join(names[k:k + 4]) for k in range(0, len(rows), 4)]
-    # Only the images up to the last one shown are read: the file may hold 10 GB.
-    wanted, last = set(sum(rows, [])), max(map(max, rows))
-    images = {i: image for i, image in zip(range(last + 1), stream(batch)) if i in wanted}
-    sheet(Path(s.out, "samples.png"), [[images[i] for i in row] for row in rows], names)
-
-
-def numbers(text, flag):
-    """'1,2.5' -> [1.0, 2.5], '' -> [], or fails naming the flag."""
+def compare(batch, identity):
+    """UserError if an .npz that is there was made with other settings: nothing is replaced unasked."""
     try:
-        return [float(part) for part in text.split(",") if text]
-    except ValueError:
-        fail(f"{flag} {text}: give numbers separated by commas")
+        made = json.loads(str(npz_array(batch, "meta")))
+        changed = [f"{k} {made.get(k)} (now {v})" for k, v in identity.items() if made.get(k) != v]
+    except (UserError, ValueError, AttributeError):
+        raise UserError(f"{batch} is not a batch of this script: move it away, or --fresh to replace it")
+    require(not changed, f"{batch} was made with other settings: {', '.join(changed)}. Repeat those, --fresh "
+            "to start over, or another --out with --dit and --vae")
 
+def class_picture(images, labels, classes, path):
+    """A row for each class (at most 20), its first samples (at most 10); rows of four if each has one."""
+    shown = list(dict.fromkeys(labels.tolist()))[:20]
+    n = min(10, *(int((labels == c).sum()) for c in shown))
+    rows = np.concatenate([images[np.flatnonzero(labels == c)[:n]] for c in shown])
+    save_grid(to_float(torch.from_numpy(rows).permute(0, 3, 1, 2)), path, n if n > 1 else 4)
+    print(f"{path}, classes:", *(classes[c] for c in shown))
 
-@torch.inference_mode()
-def pictures(s, system):
-    """The pictures that were asked for by flag, from the first (at most 8) samples of the run."""
-    x0, y = draw(system, s, range(min(s.num, 8)))
-    ts = time_grid(s)
-    if s.sweep:                                                                  # a row for each scale: the same noise and classes
-        scales = numbers(s.sweep, "--sweep")
-        rows = [decode(system, integrate(system, s, x0, y, ts, w)[0]) for w in tqdm(scales, desc="guidance sweep")]
-        sheet(Path(s.out, "sweep.png"), rows, [f"w = {w:g}" for w in scales])
-    if s.trajectory:                                                             # a column for each t: the integration stops there and goes on
-        stops = sorted({int((ts - t).abs().argmin()) for t in numbers(s.trajectory, "--trajectory")})
-        x, at, columns = x0, 0, []
-        for stop in tqdm(stops, desc="trajectory"):
-            x, at = integrate(system, s, x, y, ts[at:stop + 1])[0] if stop > at else x, stop
-            columns.append(decode(system, x))
-        sheet(Path(s.out, "trajectory.png"), np.stack(columns, 1), [system.classes[c] for c in y.tolist()])
-        print("  columns: t =", ", ".join(f"{ts[stop]:.3f}" for stop in stops))
-    if s.interpolate:
-        # a row for each pair of noises. On the sphere, since a straight line's middle is too short for noise:
-        # x = (sin((1 - u) angle) a + sin(u angle) b) / sin(angle)
-        u, rows = torch.linspace(0, 1, s.interpolate, device=x0.device)[:, None, None, None], []
-        for a, b, c in tqdm(list(zip(x0[::2], x0[1::2], y[::2])), desc="interpolation"):
-            angle = torch.arccos((a * b).sum() / (a.norm() * b.norm()))
-            x = (torch.sin((1 - u) * angle) * a + torch.sin(u * angle) * b) / torch.sin(angle)    # (N, C, h, w)
-            rows.append(decode(system, integrate(system, s, x, c.expand(len(x)), ts)[0]))
-        sheet(Path(s.out, "interpolation.png"), rows, [system.classes[c] for c in y[::2].tolist()[:len(rows)]])
-
-
-def write_pngs(s):
-    """OUT/samples/000000.png ...: every image of samples.npz in a file."""
-    folder = Path(s.out, "samples")
-    folder.mkdir(exist_ok=True)
-    for i, image in enumerate(tqdm(stream(Path(s.out, "samples.npz")), total=s.num, desc="PNG", unit="image")):
-        atomic_write(folder / f"{i:06d}.png", lambda f, image=image: Image.fromarray(image).save(f, "PNG"))
-
-
-def bench(s, world):
-    """Images/s of a whole batch, noise to uint8, with random weights: with and without skipping the unconditional half, compiled and not."""
-    name, _, patch = s.bench.partition("/")
-    if name not in SIZES or patch not in ("1", "2"):
-        fail(f"--bench {s.bench}: give one of {', '.join(SIZES)} and a patch size, e.g. XL/1")
-    # f16d32 at 256 x 256 as published. The untrained network's velocity is 0 (adaLN-Zero), which changes no time.
-    latents = dict(shape=[32, 16, 16], mean=torch.zeros(1, 32, 1, 1), std=torch.ones(1, 32, 1, 1))
-    for compiled in (False, True):
-        model = LightningDiT(patch_size=int(patch), **SIZES[name])
-        system = make_system(replace(s, compile=compiled), world.device, model, AutoencoderKL(), latents, [], data="", image_size=256)
-        for start in dict.fromkeys((0.0, s.cfg_interval_start)):
-            job = replace(s, cfg_interval_start=start)
-            sample_unit(system, replace(job, steps=8), range(s.batch_size))      # compiles and warms up: 8 points lie on both sides of the start
-            begin = time.perf_counter()
-            evaluations = sample_unit(system, job, range(s.batch_size))[2]
-            rate = s.batch_size / (time.perf_counter() - begin)
-            print(f"{s.bench} {system.identity['precision']} {'compiled' if compiled else 'eager'}, guidance from t = {start}: {rate:.3f} images/s, "
-                  f"{sum(evaluations) / s.batch_size:g} evaluations an image", flush=True)
-
+def pictures(system, s, batch):
+    """What the flags ask for: sweep.png and trajectory.png of samples 0 to 7, every image as a PNG."""
+    out, ts = batch.parent, time_grid(s)
+    if system.scales:
+        rows = [sample_unit(system, replace(s, cfg_scale=w), range(8), ts)[0] for w in system.scales]
+        save_grid(torch.cat(rows), out / "sweep.png", 8)
+    if system.times:
+        # columns: x_t at the grid points nearest to the times, decoded
+        stops = sorted({int((ts - t).abs().argmin()) for t in system.times})
+        columns = [sample_unit(system, s, range(8), ts[:k + 1])[0] for k in stops]
+        save_grid(torch.stack(columns, dim=1).flatten(0, 1), out / "trajectory.png", len(stops))
+        print(f"{out}/trajectory.png, columns: t =", *(f"{ts[k]:.3f}" for k in stops))
+    if s.png:
+        for i, image in enumerate(tqdm(npz_array(batch), "PNG", unit="image")):
+            picture = Image.fromarray(image)
+            atomic_write(out / "samples" / f"{i:06d}.png", lambda file, p=picture: p.save(file, "PNG"))
 
 def main(s, world):
-    if s.bench:
-        return bench(s, world)
-    system = load_official(s, world) if s.preset in RELEASED_DIT else load_run(s, world.device)
-    settings = {f.name: getattr(s, f.name) for f in fields(s) if f.metadata["same"]}
-    sample_all(s, system, world, {**settings, **system.identity, "guidance": s.cfg_scale})    # "guidance" is what fid.py looks for
+    system, batch = System(s, world), Path(s.out, "samples.npz")
+    settings = {f.name: getattr(s, f.name) for f in fields(s) if f.metadata.get("same", True)}
+    # "guidance" is what fid.py looks for
+    identity = {**settings, **system.identity, "guidance": s.cfg_scale}
+    if batch.exists() and not s.fresh:
+        compare(batch, identity)
+        world.print(f"{batch} is finished: {s.num} images with these settings; --fresh makes them again")
+    else:
+        sample_all(system, s, world, identity, batch)
     if world.rank == 0:
-        class_picture(s, system)
-        pictures(s, system)
-        if s.png:
-            write_pngs(s)
-
+        # not with the rest of sample_all: a kill may come between samples.npz and this
+        DiskArrays.remove(batch.with_name("samples_parts"), "arr_0", "arr_1")
+        pictures(system, s, batch)
 
 if __name__ == "__main__":
     run_script(Settings, PRESETS, __doc__, main)

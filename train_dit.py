@@ -1,578 +1,596 @@
 """Training LightningDiT on the latents of a tokenizer.
 
-Paper: arXiv 2501.01423, Sec. 4 (training strategies, Table 1), Sec. 5.1 ("We pre-extract all latent features"), Sec. 5.4 (800 epochs).
+Paper: arXiv 2501.01423, Sec. 4 and Table 1 (training strategies), Sec. 5.1 (latents), Sec. 5.4 (800 epochs).
 
 How to read it, top to bottom:
-    Settings, PRESETS      every hyperparameter on one screen; Table 1 as a ladder of ten presets; the paper's systems
-    extract, Latents       Sec. 5.1: from images to latents on disk, and random access to them
-    flow_matching_loss     Sec. 4: rectified flow, lognorm time sampling, velocity direction loss; beside it DDPM, where Table 1 starts
-    train                  the loop
-    bench                  what a step costs on this machine, and the hours that 64 and 800 epochs would take
+    Settings, PRESETS   every hyperparameter; Table 1 as a ladder of presets; the paper's systems
+    flow_matching_loss  rectified flow and the velocity direction loss; sample_time: when in the flow
+    ddpm_loss           where Table 1 starts; ddpm_velocity: its noise predictor as a velocity
+    Run.step, train     one training step; the loop
+    (below the banner)  extract, Latents: images become latents on disk, read at random
 
 Convention (the authors'): t = 0 is noise, t = 1 is data, x_t = t x1 + (1 - t) x0, v = x1 - x0.
 
-    python train_dit.py                                      preset mini, on runs/mini/vae.pt
+    python train_dit.py                          preset mini, on runs/mini/vae.pt
     torchrun --nproc_per_node=8 train_dit.py --preset lightningdit-xl-64ep --vae VAE --data DIR
 """
 import os
+import signal
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")                            # before torch is loaded; see train_vae.py
+if __name__ == "__main__":  # Ctrl-C while torch is loading: no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+# Before torch is loaded: waiting threads sleep instead of spinning (see train_vae.py).
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import contextlib
 import copy
-import json
 import math
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from dit import SIZES, LightningDiT
-from train_vae import (Finite, Images, Metrics, Stop, atomic_write, average, batch_indices, fingerprint, first_alone, load_optimizer,
-                       load_tokenizer, loader, opt, peak_memory, resume, run_script, save_checkpoint, save_grid, share, step_generator, to_float,
-                       torch_load)
-from vae import SPECS, autocast, fail
+from dit import SIZES, LightningDiT, read_released_dit
+from train_vae import Log, Stop, loader, opt, peak_memory, resume, save_checkpoint, step_generator
+from vae import SPECS, autocast, load_weights
 
 
-# --- Settings -----------------------------------------------------------------------------------------------------------------------------------
-# The defaults are preset imagenet256: LightningDiT-XL/1 on VA-VAE f16d32, 64 epochs [Sec. 4, 5.4; Table 3, gFID 5.14 without and 2.11 with guidance].
 @dataclass
 class Settings:
-    preset: str = opt("imagenet256", "named settings; every other flag overrides one of them", same=False)
-    # latents [Sec. 5.1]
-    vae: str = opt("", "tokenizer checkpoint: ours, or the authors' released file; default OUT/vae.pt", same=False)
-    tokenizer_spec: str = opt("", "refuse a tokenizer of another spec than this; empty: any", choices=("", *SPECS))
-    data: str = opt("", "images to extract latents from, as in train_vae.py; default: those of the tokenizer")
-    image_size: int = opt(0, "side of the images in pixels; 0: as in the tokenizer's training")
-    latents: str = opt("", "folder of extracted latents, made if it is not there; or one of the authors', with *.safetensors and latents_stats.pt; "
-                       "default: latents beside the tokenizer", same=False)
-    latent_norm: str = opt("channel", "channel: per-channel mean and std of all latents; sd-vae: times 0.18215 [Table 1's f8d4]", choices=("channel", "sd-vae"))
-    extract_batch: int = opt(64, "images encoded at once during extraction, in each process", same=False)
-    # network [Sec. 4, Table 1: architecture improvements]
-    size: str = opt("XL", "depth and width", choices=tuple(SIZES))
-    patch_size: int = opt(1, "latent pixels a token, along one side [Sec. 5.1]")
-    swiglu: bool = opt(True, "SwiGLU FFN instead of GELU")
-    rmsnorm: bool = opt(True, "RMS Norm instead of LayerNorm")
-    rope: bool = opt(True, "rotary position embedding")
-    qknorm: bool = opt(False, "normalise q and k: against NaN late in training")
-    shift: bool = opt(True, "adaLN with shifts; --no-shift is the authors' wo_shift")
-    class_dropout: float = opt(0.1, "probability of training with the null class, for classifier-free guidance")
-    init: str = opt("", "start from these weights: the authors' released LightningDiT, or ours (EMA first)")
-    # training strategies [Sec. 4, Table 1]
-    objective: str = opt("flow", "flow: rectified flow; ddpm: the original DiT's noise prediction on the linear schedule", choices=("flow", "ddpm"))
-    lognorm: bool = opt(True, "logit-normal time sampling instead of uniform")
-    uniform_from_epoch: float = opt(0.0, "epoch from which time sampling is uniform [Sec. 5.4: 480 of 800]; 0: never")
-    direction_loss: bool = opt(True, "add the velocity direction loss")
-    batch_size: int = opt(1024, "latents a step, over all processes and accumulation steps")
-    lr: float = opt(2e-4, "learning rate of AdamW, constant, no weight decay")
-    beta2: float = opt(0.95, "second beta of AdamW; the first is 0.9")
-    grad_clip: float = opt(0.0, "clip the gradient's norm to this; 0: off ('tends to reduce performance when combined' with lognorm [Sec. 4])")
-    ema: float = opt(0.9999, "decay of the moving average of the weights, a step")
-    epochs: float = opt(64.0, "passes over the latents")
-    steps: int = opt(0, "training steps; 0: as many as the epochs make")
-    # conduct
-    seed: int = opt(0, "seed of weights, posterior samples, order, noise and time")
-    out: str = opt("", "folder of the run; default runs/<preset>", same=False)
-    device: str = opt("auto", "auto: CUDA if there is one", choices=("auto", "cuda", "cpu"), same=False)
-    precision: str = opt("auto", "bf16 autocast or fp32; auto: bf16 on CUDA", choices=("auto", "bf16", "fp32"))
-    compile: bool = opt(torch.cuda.is_available(), "torch.compile the whole model; default: on CUDA", same=False)
-    accumulate: int = opt(1, "gradient accumulation: split each process's batch into so many parts", same=False)
-    checkpointing: bool = opt(False, "activation checkpointing: less memory, a third more time", same=False)
-    workers: int = opt(4, "data loading processes for each training process", same=False)
-    log_every: int = opt(100, "steps between lines of metrics_dit.csv", same=False)
-    save_every: int = opt(5000, "steps between checkpoints", same=False)
-    keep_every: int = opt(0, "steps between copies of the checkpoint that are kept, OUT/dit-STEP.pt; 0: none", same=False)
-    sample_every: int = opt(5000, "steps between small pictures from the EMA weights, with fixed noise, progress.png; 0: never", same=False)
-    fresh: bool = opt(False, "start over instead of resuming the run in --out (latents are kept)", same=False)
-    bench: bool = opt(False, "time training steps on synthetic latents and exit", same=False)
+    # The defaults are preset imagenet256: LightningDiT-XL/1 on VA-VAE f16d32 for 64 epochs [Sec. 4, 5.4].
+    # Each setting is a flag; what stands beside or below it is its text in --help.
+    preset: str = opt("imagenet256", same=False)  # named settings; every other flag overrides one of them
+    # --- latents [Sec. 5.1]: "We pre-extract all latent features". SD-VAE's 0.18215 is LDM's: 1 / std of its
+    # latents, one number for all channels. VA-VAE's get the mean and std of each channel (the authors' code).
+    vae: str = opt("", same=False)  # tokenizer, ours or the authors'; default OUT/vae.pt
+    unfinished: bool = opt(False, same=False)  # take a tokenizer whose training is not finished
+    tokenizer_spec: str = opt("", choices=("", *SPECS))  # refuse a tokenizer of another spec; empty: any
+    data: str = opt("", same=False)  # images, as in train_vae.py; default: those of the tokenizer
+    image_size: int = opt(0, "[0, 8192]")  # side of the images; 0: as in the tokenizer's training
+    latents: str = opt("", same=False)
+        # folder of latents, made if it is not there, or one of the authors', with *.safetensors and
+        # latents_stats.pt; default: latents beside the tokenizer
+    latent_norm: str = opt("channel", choices=("channel", "sd-vae"))  # mean and std, or times 0.18215
+    extract_batch: int = opt(64, "[1, 1e5]", same=False)  # images encoded at once, in each process
+    # --- network: Table 1's architecture rows [Sec. 4]; qknorm and no shift are options of the authors' code.
+    # Dropping 0.1 of the labels is DiT's, from the authors of guidance; the paper gives no reason.
+    size: str = opt("XL", choices=tuple(SIZES))  # depth and width
+    patch_size: int = opt(1, "[1, inf)")
+        # latent pixels a token on each side; 1: "all compression steps are handled by the VAE" [Sec. 5.1]
+    swiglu: bool = True  # SwiGLU FFN instead of GELU
+    rmsnorm: bool = True  # RMS Norm instead of LayerNorm
+    rope: bool = True  # rotary position embedding
+    qknorm: bool = False  # normalise q and k: against NaN late in training
+    shift: bool = True  # adaLN with shifts; --no-shift is the authors' wo_shift
+    class_dropout: float = opt(0.1, "[0, 1]")  # share of labels that become the null class, for guidance
+    init: str = ""  # start from these weights: the authors' LightningDiT, or ours (EMA first)
+    # --- training strategies [Sec. 4]. Large batch and beta2 are AuraFlow's: PyTorch's 0.999 remembers the
+    # gradients' sizes for 1,000 steps, 0.95 for 20. A constant rate, no warm-up, no weight decay, first beta
+    # 0.9 and EMA 0.9999 are DiT's; the paper gives no reason. adaLN-Zero starts gently by itself. EMA is the
+    # mean of some 10,000 steps: at a constant rate the weights never settle, but their mean does.
+    objective: str = opt("flow", choices=("flow", "ddpm"))  # rectified flow, or DiT's noise prediction
+    lognorm: bool = True  # logit-normal time sampling instead of uniform
+    uniform_from_epoch: float = 0.0  # epoch from which time is uniform [Sec. 5.4: 480 of 800]; 0: never
+    direction_loss: bool = True  # add the velocity direction loss
+    batch_size: int = opt(1024, "[1, 1e5]")  # latents a step, over all processes and accumulation steps
+    lr: float = opt(2e-4, "(0, inf)")  # learning rate of AdamW, constant
+    beta2: float = opt(0.95, "[0, 1)")  # second beta of AdamW
+    grad_clip: float = 0.0
+        # clip the gradient's norm to this; 0: off, it "tends to reduce performance when combined" [Sec. 4]
+    ema: float = opt(0.9999, "[0, 1)")  # decay of the moving average of the weights, a step
+    epochs: float = opt(64.0, "(0, 1e6]")  # passes over the latents
+    steps: int = 0  # training steps; 0: as many as the epochs make
+    # --- conduct: of these, only seed and precision change what is learned
+    seed: int = opt(0, "[0, 9e18]")  # of weights, posterior samples, order, noise and time
+    out: str = opt("", same=False)  # folder of the run; default runs/PRESET
+    device: str = opt("auto", choices=("auto", "cuda", "cpu"), same=False)  # auto: CUDA if there is one
+    precision: str = opt("auto", choices=("auto", "bf16", "fp32"))  # bf16: autocast; auto: bf16 on CUDA
+    compile: bool = opt(torch.cuda.is_available(), same=False)  # torch.compile the model
+    accumulate: int = opt(1, "[1, inf)", same=False)  # split each process's batch into so many parts
+    checkpointing: bool = opt(False, same=False)  # recompute activations: less memory, a third more time
+    workers: int = opt(4, "[0, 512]", same=False)  # loading processes of each training process
+    log_every: int = opt(100, "[1, inf)", same=False)  # steps between lines of metrics_dit.csv
+    save_every: int = opt(5000, "[1, inf)", same=False)  # steps between checkpoints
+    keep_every: int = opt(0, same=False)  # steps between copies OUT/dit-STEP.pt that are kept; 0: none
+    sample_every: int = opt(5000, same=False)  # steps between pictures progress.png of the EMA; 0: none
+    fresh: bool = opt(False, same=False)  # start over instead of resuming; latents are kept
 
-
-# [Table 1] "Performance of LightningDiT": row, the trick, what it changes, the paper's FID-50k (no guidance). Each row keeps all earlier changes.
+# [Table 1] The trick and what it changes; every row keeps the changes above it. Rows 1 to 5 are training, in
+# this file; rows 6 to 8 are the network, in dit.py. So row 5 adds a loss, and row 6 only another feed-forward
+# network. f8 in tokens of 2x2 and row 9's f16 in tokens of 1 are both 16x16 tokens: equal cost. 80 epochs are
+# 400,000 steps of 256 or 100,000 of 1024. Beside each row: the paper's FID-50k, without guidance.
 LADDER = [
-    ("DiT-XL/2", dict(tokenizer_spec="f8d4", latent_norm="sd-vae", patch_size=2, swiglu=False, rmsnorm=False, rope=False, objective="ddpm", lognorm=False,
-                      direction_loss=False, batch_size=256, lr=1e-4, beta2=0.999, epochs=80.0), 19.50),
-    ("+ Rectified Flow", dict(objective="flow"), 17.20),
-    ("+ batchsize x 4 & lr x 2", dict(batch_size=1024, lr=2e-4), 16.59),
-    ("+ AdamW beta2 = 0.95", dict(beta2=0.95), 16.61),
-    ("+ Logit Normal Sampling", dict(lognorm=True), 13.99),
-    ("+ Velocity Direction Loss", dict(direction_loss=True), 12.52),
-    ("+ SwiGLU FFN", dict(swiglu=True), 10.10),
-    ("+ RMS Norm", dict(rmsnorm=True), 9.25),
-    ("+ Rotary Pos Embed", dict(rope=True), 7.13),
-    ("+ patch size = 1 & VA-VAE", dict(patch_size=1, tokenizer_spec="f16d32", latent_norm="channel"), 4.29),
+    ("DiT-XL/2", {  # row 0: 19.50
+        "tokenizer_spec": "f8d4", "latent_norm": "sd-vae", "patch_size": 2, "swiglu": False, "rmsnorm": False,
+        "rope": False, "objective": "ddpm", "lognorm": False, "direction_loss": False, "batch_size": 256,
+        "lr": 1e-4, "beta2": 0.999, "epochs": 80.0}),
+    ("+ Rectified Flow", {"objective": "flow"}),  # row 1: 17.20
+    ("+ batchsize x 4 & lr x 2", {"batch_size": 1024, "lr": 2e-4}),  # row 2: 16.59
+    ("+ AdamW beta2 = 0.95", {"beta2": 0.95}),  # row 3: 16.61
+    ("+ Logit Normal Sampling", {"lognorm": True}),  # row 4: 13.99
+    ("+ Velocity Direction Loss", {"direction_loss": True}),  # row 5: 12.52
+    ("+ SwiGLU FFN", {"swiglu": True}),  # row 6: 10.10
+    ("+ RMS Norm", {"rmsnorm": True}),  # row 7: 9.25
+    ("+ Rotary Pos Embed", {"rope": True}),  # row 8: 7.13
+    ("+ patch size = 1 & VA-VAE",  # row 9: 4.29
+     {"patch_size": 1, "tokenizer_spec": "f16d32", "latent_norm": "channel"}),
 ]
-# Ours, for two CPU cores: 8x8 latents in 16 tokens of 2x2, a quarter of the work of the paper's patch size 1.
-MINI = dict(size="mini-S", patch_size=2, batch_size=64, lr=2e-3, ema=0.995, steps=2500, workers=0, log_every=25, save_every=100, sample_every=500)
-# The same ladder at small scale: the same tricks, the same factors of batch and rate. Its tokenizers are miniatures too, so the last step is patch 1
-# (with --vae of a tokenizer trained with VF loss, as in the paper).
-MINI_LADDER = [dict(LADDER[0][1], tokenizer_spec="", latent_norm="channel", batch_size=16, lr=5e-4, epochs=64.0), dict(objective="flow"),
-               dict(batch_size=64, lr=1e-3), *(change for _, change, _ in LADDER[3:9]), dict(patch_size=1)]
-
-
-def ladder(start, changes):
-    """Settings of each row: those of the row before, and its own trick."""
-    rows = [{**start, **changes[0]}]
-    for change in changes[1:]:
-        rows.append({**rows[-1], **change})
-    return rows
-
-
+# Ours, for two CPU cores: 8x8 latents in 16 tokens of 2x2, a quarter of the work of patch size 1. A short run
+# wants a higher rate and a shorter memory of the EMA.
+MINI = {"size": "mini-S", "patch_size": 2, "batch_size": 32, "lr": 2e-3, "ema": 0.998, "steps": 3000,
+        "workers": 0, "log_every": 50, "save_every": 1000, "sample_every": 1000}
+# The ladder in miniature: what a row changes where it is not what LADDER says. --vae names the tokenizer.
+MINI_LADDER = {
+    0: LADDER[0][1] | {"tokenizer_spec": "", "latent_norm": "channel", "batch_size": 8, "lr": 1e-3,
+                       "epochs": 8.0, "steps": 0},
+    2: {"batch_size": 32, "lr": 2e-3},
+    9: {"patch_size": 1},
+}
 PRESETS = {
     "mini": MINI,
     "imagenet256": {},
-    "lightningdit-xl-64ep": {},                                                # Table 3: gFID 5.14, with guidance 2.11; 80,073 steps
-    "lightningdit-xl-800ep": dict(epochs=800.0, uniform_from_epoch=480.0),     # Table 3: gFID 2.17, with guidance 1.35; 1,000,912 steps
-    "lightningdit-b": dict(size="B", epochs=160.0),                            # Table 2: FID-10K 15.82 on VA-VAE f16d32 (DINOv2)
-    "lightningdit-l": dict(size="L", epochs=80.0),                             # Table 2: 9.82
-    "lightningdit-xl": dict(size="XL", epochs=80.0),                           # Table 2: 8.22
-    "lightningdit-1.0b": dict(size="1.0B", epochs=80.0),                       # Fig. 4c (its points are not printed as numbers)
-    "lightningdit-1.6b": dict(size="1.6B", epochs=80.0),
-    **{f"table1-{i}": row for i, row in enumerate(ladder({}, [change for _, change, _ in LADDER]))},
-    **{f"mini-table1-{i}": row for i, row in enumerate(ladder({**MINI, "steps": 0}, MINI_LADDER))},
+    "lightningdit-xl-64ep": {},  # [Table 3] gFID 5.14, with guidance 2.11; 80,073 steps
+    "lightningdit-xl-800ep": {"epochs": 800.0, "uniform_from_epoch": 480.0},  # 2.17, 1.35; 1,000,912 steps
+    "lightningdit-b": {"size": "B", "epochs": 160.0},  # [Table 2] FID-10K 15.82 on f16d32 (DINOv2)
+    "lightningdit-l": {"size": "L", "epochs": 80.0},  # 9.82
+    "lightningdit-xl": {"size": "XL", "epochs": 80.0},  # 8.22
+    "lightningdit-1.0b": {"size": "1.0B", "epochs": 80.0},  # [Fig. 4c], which prints no numbers
+    "lightningdit-1.6b": {"size": "1.6B", "epochs": 80.0},
 }
-PAPER_FID = {f"table1-{i}": fid for i, (_, _, fid) in enumerate(LADDER)}
+row, mini_row = {}, MINI
+for i, (_, change) in enumerate(LADDER):
+    row = row | change
+    mini_row = mini_row | MINI_LADDER.get(i, change)
+    PRESETS |= {f"table1-{i}": row, f"mini-table1-{i}": mini_row}
 
-
-# --- Latents [Sec. 5.1] ---------------------------------------------------------------------------------------------------------------------------
-# Stored as float16. Measured on 500 latents of mini-f4d16 (450 steps): rounding moves a latent by 2.2e-4 of its channel's std (rms) and a decoded pixel by
-# at most 5e-4 of a range of 2, while the posterior's own noise, added on purpose, is 0.07 of it. bfloat16: 1.8e-3 and 4e-3. float32 doubles the disk:
-# ImageNet's 1,281,167 x 2 latents of 32x16x16 are 84 GB instead of 42.
-STORED = np.float16
-
-
-def extract(s, world, vae, state, folder):
-    """Encode all training images, plain and horizontally flipped, into `folder`; whatever is there already is kept. A posterior SAMPLE is stored.
-
-    latents.npy (N, 2, d, h, w) float16, [i, 0] plain and [i, 1] flipped; labels.npy (N,); done.npy, one flag a chunk of extract_batch images; latents.json,
-    written last: tokenizer fingerprint, classes, statistics over all latents. The noise is a function of (seed, chunk), so neither an interruption nor the
-    number of processes changes a bit (on a CPU; on CUDA within its rounding).
-    """
-    data, size = s.data or state["settings"].get("data", ""), s.image_size or state["settings"].get("image_size", 256)
-    if not data:
-        fail(f"the tokenizer {s.vae} does not say which images it was trained on: name them with --data")
-    with first_alone(world):
-        images = Images(data, "train", size)
-    n, shape = len(images), (vae.embed_dim, size // vae.f, size // vae.f)
-    if size % vae.f:
-        fail(f"--image-size {size} is not divisible by the tokenizer's downsampling rate {vae.f}")
-    key = dict(fingerprint=fingerprint(state["state_dict"]), data=data, image_size=size, seed=s.seed, n=n, shape=list(shape), chunk=s.extract_batch)
-    chunks, plan = math.ceil(n / s.extract_batch), folder / "extracting.json"
-    if world.rank == 0 and not (plan.exists() and json.loads(plan.read_text()) == key):
-        folder.mkdir(parents=True, exist_ok=True)
-        np.lib.format.open_memmap(folder / "latents.npy", "w+", STORED, (n, 2, *shape))
-        np.lib.format.open_memmap(folder / "done.npy", "w+", np.uint8, (chunks,))
-        atomic_write(folder / "labels.npy", lambda f: np.save(f, images.labels.numpy()))
-        atomic_write(plan, lambda f: f.write(json.dumps(key).encode()))
-    if world.size > 1:
-        dist.barrier()
-    latents, done = np.load(folder / "latents.npy", mmap_mode="r+"), np.load(folder / "done.npy", mmap_mode="r+")
-    for k in tqdm(range(world.rank, chunks, world.size), desc=f"latents to {folder}", unit="chunk", disable=world.rank > 0):
-        if done[k]:
-            continue
-        rows = range(k * s.extract_batch, min((k + 1) * s.extract_batch, n))
-        x = to_float(torch.stack([images[i] for i in rows]).to(world.device))  # (b, 3, S, S)
-        noise = torch.randn(2, len(x), *shape, generator=step_generator("cpu", s.seed, "posterior", k)).to(world.device)
-        with torch.inference_mode():
-            z = torch.stack([vae.encode(view).sample(noise[i]) for i, view in enumerate((x, x.flip(3)))], dim=1)   # (b, 2, d, h, w)
-        if not z.abs().max() < np.finfo(STORED).max:
-            fail(f"latents of images {rows.start} to {rows.stop - 1} are not finite in {STORED.__name__}: the tokenizer {s.vae} is broken")
-        latents[rows.start:rows.stop] = z.cpu().numpy().astype(STORED)
-        latents.flush()
-        done[k] = 1                                                            # only now: a chunk is whole or not there
-        done.flush()
-    if world.size > 1:
-        dist.barrier()
-    if world.rank == 0:
-        total, square, count = 0.0, 0.0, 2 * n * shape[1] * shape[2]           # statistics over all of them, in float64 (authors: 10,000 latents)
-        for i in tqdm(range(0, n, 1024), desc="latent statistics", unit="chunk", disable=n < 100_000):
-            block = latents[i:i + 1024].astype(np.float64)
-            total, square = total + block.sum((0, 1, 3, 4)), square + (block ** 2).sum((0, 1, 3, 4))
-        mean = total / count
-        std = np.sqrt((square - count * mean ** 2) / (count - 1))
-        meta = dict(key, mean=mean.tolist(), std=std.tolist(), classes=images.classes)
-        atomic_write(folder / "latents.json", lambda f: f.write(json.dumps(meta).encode()))
-        plan.unlink()
-        (folder / "done.npy").unlink()
-    if world.size > 1:
-        dist.barrier()
-
-
-class Latents:
-    """Random access to a folder that `extract` made: memory-mapped, so nothing is read before it is asked for and processes share the pages."""
-
-    def __init__(self, folder):
-        self.meta = json.loads((folder / "latents.json").read_text())
-        self.folder, self.shape, self.classes = folder, tuple(self.meta["shape"]), self.meta["classes"]
-        self.labels = torch.from_numpy(np.load(folder / "labels.npy"))
-        self.mean, self.std = (torch.tensor(self.meta[k]).view(1, -1, 1, 1) for k in ("mean", "std"))   # (1, d, 1, 1)
-        self.file = np.load(folder / "latents.npy", mmap_mode="r")
-
-    def __len__(self):
-        return len(self.labels)
-
-    def read(self, index, flip):
-        """index (b,) int64, flip (b,) 0 or 1 -> (b, d, h, w) float16."""
-        return torch.from_numpy(self.file[index.numpy(), flip.numpy()])
-
-
-class AuthorsLatents:
-    """The same access to the authors' format: shards *.safetensors with latents, latents_flip, labels, and latents_stats.pt with mean and std."""
-
-    def __init__(self, folder):
-        try:
-            from safetensors import safe_open
-        except ImportError:
-            fail(f"{folder} holds safetensors; reading them needs: pip install safetensors")
-        self.folder, self.meta = folder, {}
-        self.shards = [safe_open(str(path), "pt") for path in sorted(folder.glob("*.safetensors"))]   # opened once, not once an item
-        labels = [shard.get_tensor("labels") for shard in self.shards]
-        self.labels, self.starts = torch.cat(labels).long(), np.cumsum([0] + [len(part) for part in labels])
-        self.views = [(shard.get_slice("latents"), shard.get_slice("latents_flip")) for shard in self.shards]
-        self.shape = tuple(self.views[0][0].get_shape()[1:])
-        if not (folder / "latents_stats.pt").exists():
-            fail(f"{folder} has *.safetensors but no latents_stats.pt")
-        stats = torch_load(folder / "latents_stats.pt")
-        self.mean, self.std = stats["mean"].float(), stats["std"].float()      # (1, d, 1, 1)
-        self.classes = [str(i) for i in range(int(self.labels.max()) + 1)]
-
-    def __len__(self):
-        return len(self.labels)
-
-    def read(self, index, flip):
-        shard = np.searchsorted(self.starts, index.numpy(), side="right") - 1
-        return torch.cat([self.views[k][side][i - self.starts[k]:i - self.starts[k] + 1]
-                          for i, side, k in zip(index.tolist(), flip.tolist(), shard)])
-
-
-def open_latents(s, world):
-    """(latents, tokenizer, its checkpoint): extracted first if they are not there yet, refused if they are another tokenizer's or other images'."""
-    vae, state = load_tokenizer(s.vae, world.device)
-    if s.tokenizer_spec and state["spec"] != SPECS[s.tokenizer_spec]:
-        fail(f"--vae {s.vae} is not a tokenizer of spec {s.tokenizer_spec}, which preset {s.preset} asks for")
-    folder = Path(s.latents)
-    if any(folder.glob("*.safetensors")):
-        latents = AuthorsLatents(folder)                                       # they carry no fingerprint: only the width can be checked
-    else:
-        if not (folder / "latents.json").exists():
-            extract(s, world, vae, state, folder)
-        latents = Latents(folder)
-        wanted = dict(fingerprint=fingerprint(state["state_dict"]), data=s.data or latents.meta["data"], image_size=s.image_size or latents.meta["image_size"])
-        other = [f"{k} {latents.meta[k]} instead of {v}" for k, v in wanted.items() if latents.meta[k] != v]
-        if other:
-            fail(f"the latents in {folder} are not those of {s.vae}: {', '.join(other)}; remove them, or name another folder with --latents")
-    if latents.shape[0] != vae.embed_dim:
-        fail(f"the latents in {folder} have {latents.shape[0]} channels, the tokenizer {s.vae} has {vae.embed_dim}")
-    return latents, vae, state
-
-
-class LatentBatches(Dataset):
-    """[step] -> this process's share of the step's latents, (b, d, h, w) float16 and labels (b,). Plain or flipped with p = 0.5 (the authors' code)."""
-
-    def __init__(self, latents, batch_size, seed, part):
-        self.latents, self.batch_size, self.seed, self.part = latents, batch_size, seed, part
-
-    def __getitem__(self, step):
-        index = batch_indices(len(self.latents), self.batch_size, step, self.seed)[self.part]
-        flip = torch.randint(2, (self.batch_size,), generator=step_generator("cpu", self.seed, "flip", step))[self.part]
-        return self.latents.read(index, flip), self.latents.labels[index]
-
-
-# --- The training loss [Sec. 4] ---------------------------------------------------------------------------------------------------------------------
 def sample_time(n, lognorm, generator, device):
-    """t (n,) in (0, 1). lognorm [Table 1, + Logit Normal Sampling]: t = sigmoid(n), n ~ N(0, 1): more training in the middle; else uniform."""
+    """How many -> times (n,) in (0, 1), logit-normal or uniform."""
     if lognorm:
+        # [Table 1, + Logit Normal Sampling] t = sigmoid(n), n ~ N(0, 1): more training in the middle, where v
+        # is hardest to tell. Near t = 1 x_t shows x1, near t = 0 it shows x0. Mean 0 and std 1 are SD3's.
         return torch.sigmoid(torch.randn(n, device=device, generator=generator))
     return torch.rand(n, device=device, generator=generator)
 
+def flow_matching_loss(model, x1, y, t, x0, drop=None, direction=True):
+    """Rectified flow -> (loss, {"mse": (B,), "direction": (B,)}), the two terms for each latent.
+    model(x, t, y, drop) -> velocity. x1 (B, C, H, W): normalised latents. y (B,): labels. t (B,) in [0, 1].
+    x0: noise, like x1. drop (B,) bool: labels to drop. direction: add the second term to the loss."""
+    t_ = t.view(-1, 1, 1, 1)  # (B, 1, 1, 1)
+    # [Table 1, + Rectified Flow] x_t = t x1 + (1 - t) x0: a straight line from noise to data ...
+    x_t = t_ * x1 + (1 - t_) * x0
+    # ... on which the velocity v = dx_t / dt = x1 - x0 is the same all along: few steps follow it well
+    v = x1 - x0
+    pred = model(x_t, t, y, drop).float()  # (B, C, H, W); under bf16, too, the losses are fp32
+    # L_mse = mean (pred - v)^2
+    mse = ((pred - v) ** 2).mean((1, 2, 3))  # (B,)
+    # [Table 1, + Velocity Direction Loss] L_dir = mean (1 - cos(pred, v)), the cosine over channels: a short
+    # v has a direction, too, which L_mse hardly sees (FasterDiT). Weight 1: the paper gives no reason.
+    cosine = F.cosine_similarity(pred, v, dim=1)  # (B, H, W)
+    terms = {"mse": mse, "direction": (1 - cosine).mean((1, 2))}
+    return mse.mean() + (terms["direction"].mean() if direction else 0.0), terms
 
-def flow_matching_loss(model, x1, y, t=None, x0=None, drop=None, direction=True):
-    """Rectified flow with the velocity direction loss. Returns (loss, {"mse": (B,), "direction": (B,)}), the two terms for each sample.
-
-    model(x, t, y, drop) -> velocity. x1 (B, C, H, W): normalised latents; y (B,): labels; t (B,) in [0, 1], default lognorm; x0: noise, default drawn;
-    drop (B,) bool: labels to drop; direction: add the second term.
-    """
-    t = sample_time(len(x1), True, None, x1.device) if t is None else t
-    x0 = torch.randn_like(x1) if x0 is None else x0
-    # [Table 1, + Rectified Flow] x_t = t x1 + (1 - t) x0, the target velocity is v = dx_t/dt = x1 - x0
-    t_ = t.view(-1, 1, 1, 1)                                                   # (B, 1, 1, 1)
-    x_t, v = t_ * x1 + (1 - t_) * x0, x1 - x0
-    pred = model(x_t, t, y, drop).float()                                      # (B, C, H, W)
-    # loss = mean (pred - v)^2 + mean (1 - cos(pred, v)), the cosine over channels [Table 1, + Velocity Direction Loss]
-    terms = {"mse": ((pred - v) ** 2).mean((1, 2, 3)), "direction": (1 - F.cosine_similarity(pred, v, dim=1)).mean((1, 2))}   # (B,), (B,)
-    return terms["mse"].mean() + (terms["direction"].mean() if direction else 0.0), terms
-
-
+# DDPM's and DiT's number of noise levels
 DDPM_STEPS = 1000
 
-
 def ddpm_alphas(device):
-    """alpha_bar (1000,) of DDPM's linear schedule, beta from 1e-4 to 0.02; index 0 is the least noise."""
-    return torch.cumprod(1 - torch.linspace(1e-4, 0.02, DDPM_STEPS, dtype=torch.float64, device=device), 0)
-
+    """alpha_bar (1000,) float64 of DDPM's linear schedule; index 0 is the least noise."""
+    # beta goes from 1e-4 to 0.02 (DDPM, DiT); alpha_bar_k = prod_{i <= k} (1 - beta_i)
+    beta = torch.linspace(1e-4, 0.02, DDPM_STEPS, dtype=torch.float64, device=device)
+    return torch.cumprod(1 - beta, 0)
 
 def ddpm_loss(model, x1, y, t, x0, drop=None):
-    """Noise prediction, the objective of the original DiT [Table 1, row 0], without its learned variance. t (B,) in [0, 1) -> one of 1000 steps.
-
-    Our t = 1 is data, so step = floor(1000 (1 - t)). Returns as flow_matching_loss; there is no velocity, so its direction term is 0.
-    """
-    step = (DDPM_STEPS * (1 - t)).long().clamp(0, DDPM_STEPS - 1)              # (B,)
-    a = ddpm_alphas(x1.device)[step].float().view(-1, 1, 1, 1)                 # (B, 1, 1, 1)
-    # loss = mean (eps - model(sqrt(a) x1 + sqrt(1 - a) eps))^2; the network is told the step, 0 to 999, as in DiT
-    pred = model(a.sqrt() * x1 + (1 - a).sqrt() * x0, step.float(), y, drop).float()
-    mse = ((pred - x0) ** 2).mean((1, 2, 3))
+    """The original DiT's noise prediction [Table 1, row 0], without its learned variance: the paper samples
+    every row with dopri5 [Sec. 4], and an ODE has no variance (ours; the paper does not say).
+    In and out as in flow_matching_loss; there is no velocity here, so the direction term is 0."""
+    # our t = 1 is data, DDPM's step 0: k = floor(1000 (1 - t))
+    k = (DDPM_STEPS * (1 - t)).long().clamp(0, DDPM_STEPS - 1)  # (B,)
+    a = ddpm_alphas(x1.device)[k].float().view(-1, 1, 1, 1)  # (B, 1, 1, 1)
+    # L = mean (x0 - model(sqrt(a) x1 + sqrt(1 - a) x0))^2; DiT tells the network k itself, 0 to 999
+    pred = model(a.sqrt() * x1 + (1 - a).sqrt() * x0, k.float(), y, drop).float()
+    mse = ((pred - x0) ** 2).mean((1, 2, 3))  # (B,)
     return mse.mean(), {"mse": mse, "direction": torch.zeros_like(mse)}
 
-
 def ddpm_velocity(model):
-    """The noise predictor's probability-flow ODE in the coordinates of rectified flow: (x, t, y) -> velocity, so that every integrator serves both.
-
-    DDPM's sqrt(a) x1 + sqrt(1 - a) eps, divided by sqrt(a) + sqrt(1 - a), is t x1 + (1 - t) eps with t = sqrt(a) / (sqrt(a) + sqrt(1 - a)). So at time t
-    the network sees x * (sqrt(a) + sqrt(1 - a)) at the step with that t, and v = x1 - eps = (x - eps) / t.
-    """
+    """Noise predictor -> rectified flow's velocity (x, t, y), so that one sampler serves both.
+    DDPM's sqrt(a) x1 + sqrt(1 - a) x0, divided by sqrt(a) + sqrt(1 - a), lies on the straight line from x0 to
+    x1, at t = sqrt(a) / (sqrt(a) + sqrt(1 - a)): the same noisy latent on another scale."""
     def velocity(x, t, y):
         a = ddpm_alphas(x.device)
-        grid = (a.sqrt() / (a.sqrt() + (1 - a).sqrt())).flip(0)                # (1000,) t of each step, increasing
-        t = t.double().clamp(grid[0], grid[-1])                                # DDPM's schedule ends short of pure noise and of pure data
+        grid = (a.sqrt() / (a.sqrt() + (1 - a).sqrt())).flip(0)  # (1000,) t of each step, rising
+        # the schedule ends short of pure noise and of pure data
+        t = t.double().clamp(grid[0], grid[-1])
+        # which step has this t: between two of them, a fraction
         right = torch.searchsorted(grid, t).clamp(1, DDPM_STEPS - 1)
-        position = (right - 1) + (t - grid[right - 1]) / (grid[right] - grid[right - 1])   # between two steps: interpolate
-        step = (DDPM_STEPS - 1 - position).float()                             # (B,)
-        scale = (t ** 2 + (1 - t) ** 2).rsqrt().float().view(-1, 1, 1, 1)      # sqrt(a) + sqrt(1 - a) = 1 / sqrt(t^2 + (1 - t)^2)
-        eps = model(x * scale, step, y).float()
+        position = (right - 1) + (t - grid[right - 1]) / (grid[right] - grid[right - 1])
+        k = (DDPM_STEPS - 1 - position).float()  # (B,)
+        # back to DDPM's scale: sqrt(a) + sqrt(1 - a) = 1 / sqrt(t^2 + (1 - t)^2)
+        scale = (t ** 2 + (1 - t) ** 2).rsqrt().float().view(-1, 1, 1, 1)
+        eps = model(x * scale, k, y).float()
+        # x = t x1 + (1 - t) eps, so v = x1 - eps = (x - eps) / t
         return (x - eps) / t.float().view(-1, 1, 1, 1)
     return velocity
 
-
-# --- Training -----------------------------------------------------------------------------------------------------------------------------------------
-BINS = 5                                                                       # the loss is logged for t in [0, .2), [.2, .4), ...
-
-
-def read_released_dit(path):
-    """state_dict of the authors' checkpoint or of ours: `ema`, else `model`, else the file itself; prefixes module. and _orig_mod. removed."""
-    state = torch_load(path)
-    for key in ("ema", "model"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-            break
-    if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
-        fail(f"{path} holds no LightningDiT weights: neither ema nor model nor tensors by name")
-    return {k.removeprefix("module.").removeprefix("_orig_mod."): v for k, v in state.items()}
-
-
-def load_weights(model, weights, path):
-    """Strict: any weight missing, unexpected or of another shape ends in one line that names the first of them."""
-    own = {k: tuple(v.shape) for k, v in model.state_dict().items()}
-    given = {k: tuple(v.shape) for k, v in weights.items()}
-    wrong = [f"{k}: {given.get(k, 'missing')} in the file, {own.get(k, 'nowhere')} in the model" for k in sorted(own.keys() | given.keys()) if own.get(k) != given.get(k)]
-    if wrong:
-        fail(f"{path} does not fit this LightningDiT ({len(wrong)} differences: {'; '.join(wrong[:3])})")
-    model.load_state_dict(weights)
-
-
-def architecture(s, shape, num_classes):
-    """Keyword arguments of LightningDiT for latents of `shape` (d, h, w)."""
-    if shape[1] != shape[2] or shape[1] % s.patch_size:
-        fail(f"--patch-size {s.patch_size} does not divide latents of {shape[1]}x{shape[2]}")
-    return dict(input_size=shape[1], patch_size=s.patch_size, in_channels=shape[0], num_classes=num_classes, class_dropout_prob=s.class_dropout,
-                use_qknorm=s.qknorm, use_swiglu=s.swiglu, use_rope=s.rope, use_rmsnorm=s.rmsnorm, wo_shift=not s.shift, **SIZES[s.size])
-
+@torch.no_grad()
+def update_ema(averages, weights, decay):
+    """Two lists of tensors: each average moves towards its weight, in place, without gradient."""
+    # ema <- decay ema + (1 - decay) weights = ema + (1 - decay) (weights - ema), all tensors in one sweep
+    torch._foreach_lerp_(averages, weights, 1 - decay)
 
 class Run:
-    """Model, EMA and optimizer; and `net`, the model as training calls it: DistributedDataParallel, compiled."""
-
+    """model; ema, its average, which is sampled from; opt; net, the model as training calls it (compiled, and
+    exchanging gradients). The names of weights in a checkpoint are model's: nothing of net is in them."""
     def __init__(self, s, arch, world):
-        torch.manual_seed(s.seed)                                              # weights: the same on every process
-        self.settings, self.world = s, world
+        # the same weights in every process
+        torch.manual_seed(s.seed)
+        self.settings, self.world, cuda = s, world, world.device.type == "cuda"
         self.model = LightningDiT(**arch).to(world.device)
         if s.init:
             load_weights(self.model, read_released_dit(s.init), s.init)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.model.checkpointing = s.checkpointing
-        self.bf16 = s.precision == "bf16" or (s.precision == "auto" and world.device.type == "cuda")   # the one place of precision
+        self.bf16 = s.precision == "bf16" or (s.precision == "auto" and cuda)
+        # all but the fixed positions
         self.params = [p for p in self.model.parameters() if p.requires_grad]
-        self.averages = [e for e, p in zip(self.ema.parameters(), self.model.parameters()) if p.requires_grad]
-        # [Table 1, + AdamW beta2 = 0.95]; no weight decay and no warm-up (the authors' code)
-        self.opt = torch.optim.AdamW(self.params, s.lr, betas=(0.9, s.beta2), weight_decay=0.0, fused=world.device.type == "cuda")
-        self.ddp = DistributedDataParallel(self.model, gradient_as_bucket_view=True) if world.size > 1 else self.model
+        pairs = zip(self.ema.parameters(), self.model.parameters())
+        self.averages = [e for e, p in pairs if p.requires_grad]
+        # [Table 1, + AdamW beta2 = 0.95]
+        self.opt = torch.optim.AdamW(self.params, s.lr, betas=(0.9, s.beta2), weight_decay=0.0, fused=True)
+        self.ddp = world.parallel(self.model)
         if s.compile and s.checkpointing:
-            torch._dynamo.config.optimize_ddp = False                          # it cuts the graph at its buckets and cannot cut a checkpointed block
-        self.net = torch.compile(self.ddp) if s.compile else self.ddp          # [Sec. 4]: "torch.compile and bfloat16 training"
+            # it would cut the graph at DDP's buckets, and a checkpointed block cannot be cut
+            torch._dynamo.config.optimize_ddp = False
+        # [Sec. 4] "torch.compile and bfloat16 training"
+        self.net = torch.compile(self.ddp) if s.compile else self.ddp
 
     def step(self, x1, y, t, x0, drop, want_norm):
-        """One optimizer step. All (b, ...) on the device. Returns loss terms a sample, and the gradient's norm or None. Nothing here synchronises."""
+        """This process's batch, (b, ...) each -> the loss's terms (b,), and the gradient's norm or None. One
+        step of AdamW and of the EMA. Nothing here waits for the GPU."""
         s, parts, found = self.settings, self.settings.accumulate, []
         self.opt.zero_grad(set_to_none=True)
-        for i, (x1_, y_, t_, x0_, drop_) in enumerate(zip(*(v.chunk(parts) for v in (x1, y, t, x0, drop)))):
-            local = i < parts - 1 and self.world.size > 1                      # gradients are exchanged with the last part only
-            with self.ddp.no_sync() if local else contextlib.nullcontext():
+        for i in range(parts):
+            piece = [v.chunk(parts)[i] for v in (x1, y, t, x0, drop)]
+            # processes exchange gradients only once, with the last part
+            silent = self.world.size > 1 and i < parts - 1
+            with self.ddp.no_sync() if silent else contextlib.nullcontext():
                 with autocast(x1, self.bf16):
                     if s.objective == "flow":
-                        loss, terms = flow_matching_loss(self.net, x1_, y_, t_, x0_, drop_, s.direction_loss)
+                        loss, terms = flow_matching_loss(self.net, *piece, s.direction_loss)
                     else:
-                        loss, terms = ddpm_loss(self.net, x1_, y_, t_, x0_, drop_)
+                        loss, terms = ddpm_loss(self.net, *piece)
                 (loss / parts).backward()
-            found.append({k: v.detach() for k, v in terms.items()})
-        norm = torch.nn.utils.clip_grad_norm_(self.params, s.grad_clip or math.inf) if s.grad_clip or want_norm else None
+            found.append({name: v.detach() for name, v in terms.items()})
+        norm = None
+        # a sweep over all gradients: only where it is used or logged
+        if s.grad_clip or want_norm:
+            norm = torch.nn.utils.clip_grad_norm_(self.params, s.grad_clip or math.inf)
         self.opt.step()
-        with torch.no_grad():
-            torch._foreach_lerp_(self.averages, self.params, 1 - s.ema)        # ema = ema + (1 - decay) (weights - ema), all tensors in one sweep
-        return {k: torch.cat([part[k] for part in found]) for k in found[0]}, norm
+        update_ema(self.averages, self.params, s.ema)
+        return {name: torch.cat([terms[name] for terms in found]) for name in found[0]}, norm
 
-
-@torch.no_grad()
-def preview(run, vae, latents, scale_shift, path, columns=4, steps=25, guidance=2.0):
-    """A small picture of what the EMA weights draw: the first 8 classes, a row each, the same noise every time; Euler with guidance (see sample.py)."""
-    model, device = run.ema, run.world.device
-    rows = min(8, model.num_classes)
-    y = torch.arange(rows, device=device).repeat_interleave(columns)           # (B,)
-    x = torch.randn(len(y), *latents.shape, generator=step_generator("cpu", run.settings.seed, "preview")).to(device)
-    field = model if run.settings.objective == "flow" else ddpm_velocity(model)
-    null, grid = torch.full_like(y, model.num_classes), torch.linspace(0, 1, steps + 1, device=device)
-    for t, dt in zip(grid[:-1], grid.diff()):
-        with autocast(x, run.bf16):
-            v = field(x, t.expand(len(y)), y).float()
-            if run.settings.class_dropout > 0:
-                v_null = field(x, t.expand(len(y)), null).float()
-                v = v_null + guidance * (v - v_null)
-        x = x + dt * v
-    mean, std = scale_shift
-    save_grid(torch.cat([vae.decode(part) for part in (x * std + mean).split(columns)]), path, columns)
-
+def draw(s, step, epoch, shape, device):
+    """Step, from 0 -> t (B,), noise x0 (B, *shape) and dropped labels (B,) bool of its whole batch.
+    A function of (seed, step), as the choice of the latents is. So a resumed run needs no random state to be
+    exact, and each of several processes takes its share of what one alone would draw."""
+    g = step_generator(device, s.seed, "train", step)
+    # [Sec. 5.4] "at 480 epochs, we disable the lognorm parameter to enable the near-converged network to
+    # learn more effectively across all noise intervals"
+    uniform = s.uniform_from_epoch and epoch >= s.uniform_from_epoch
+    t = sample_time(s.batch_size, s.lognorm and not uniform, g, device)
+    drop = torch.rand(s.batch_size, device=device, generator=g) < s.class_dropout
+    return t, torch.randn(s.batch_size, *shape, device=device, generator=g), drop
 
 def train(s, world):
-    """The loop: every step is a function of (settings, step), so a run that is killed and resumed is the run that was not (on a CPU bit for bit)."""
-    path, part = Path(s.out) / "dit.pt", share(world, s.batch_size)
-    if (part.stop - part.start) % s.accumulate:
-        fail(f"--accumulate {s.accumulate} does not divide the {part.stop - part.start} latents of each process")
-    state = resume(path, "dit", s, world)
+    """The loop. A run that is killed and resumed ends as the one that was not; on a CPU bit for bit."""
+    path, part, device = Path(s.out) / "dit.pt", world.share(s.batch_size), world.device
+    state = resume(path, "dit", s)
     if state and state["step"] == state["total_steps"]:
-        return print(f"{path} is finished ({state['step']} steps); --fresh starts over, another --out keeps it")
-    latents, vae, tokenizer = open_latents(s, world)
-    n, num_classes = len(latents), len(latents.classes)
-    total, step = s.steps or max(1, round(s.epochs * n / s.batch_size)), state["step"] if state else 0
-    arch = architecture(s, latents.shape, num_classes)
-    run, mark = Run(s, arch, world), fingerprint(tokenizer["state_dict"])
-    if state:
-        if state["tokenizer"]["fingerprint"] != mark:
-            fail(f"{path} was trained on the latents of another tokenizer than {s.vae}; name that one with --vae, or start over with --fresh")
-        run.model.load_state_dict(state["model"])
-        run.ema.load_state_dict(state["ema"])
-        load_optimizer(run.opt, state["optimizer"], world.device)
-    # normalised latent = (z - mean) / std. SD-VAE's z * 0.18215 is the same formula with mean 0, std 1 / 0.18215.
-    mean, std = (latents.mean, latents.std) if s.latent_norm == "channel" else (torch.zeros(1, 1, 1, 1), torch.full((1, 1, 1, 1), 1 / 0.18215))
-    scale_shift = mean.to(world.device), std.to(world.device)
-    finite, stop, metrics = Finite(world.device), Stop(world), Metrics(Path(s.out) / "metrics_dit.csv", world, step)
+        if world.rank == 0:
+            print(f"{path} is finished ({state['step']} steps); --fresh starts over, another --out keeps it")
+        return
+    run, latents, vae, facts, step, bins = begin(s, world, state, path)
+    del state
+    n, shape, total = len(latents.labels), latents.shape, facts["total_steps"]
+    mean, std = (facts["latents"][name].to(device) for name in ("mean", "std"))  # (1, d, 1, 1)
+    log, stop = Log(Path(s.out) / "metrics_dit.csv", world, step, s.batch_size), Stop(world)
     advice = "ways out: --qknorm, --grad-clip 1, a smaller --lr"
 
-    def save(to=path):
-        finite.check(path, advice, run.params)
+    def save(to):
+        # a checkpoint with NaN in it would replace the last good one
+        log.check(path, advice, run.params)
+        # a log line that begins before a stop and ends after it is as if there had been none
+        kept = {"step": step, "bins": world.mean(bins.clone()).cpu()}
         if world.rank == 0:
-            save_checkpoint({"stage": "dit", "step": step, "total_steps": total, "settings": asdict(s), "arch": arch, "objective": s.objective,
-                             "model": run.model.state_dict(), "ema": run.ema.state_dict(), "optimizer": run.opt.state_dict(),
-                             "classes": latents.classes, "num_classes": num_classes, "data": latents.meta.get("data", ""),
-                             "image_size": latents.shape[1] * vae.f, "latents": dict(mean=mean, std=std, norm=s.latent_norm, shape=list(latents.shape)),
-                             "tokenizer": dict(fingerprint=mark, spec=tokenizer["spec"], path=s.vae, vf=tokenizer["settings"].get("vf", ""))}, to)
+            parts = {"model": run.model, "ema": run.ema, "optimizer": run.opt}
+            save_checkpoint(facts | kept | {name: part.state_dict() for name, part in parts.items()}, to)
 
-    if world.rank == 0:
-        millions = sum(p.numel() for p in run.model.parameters()) / 1e6
-        print(f"LightningDiT {s.size}/{s.patch_size}, {millions:.2f} M parameters, on {n} latents {latents.shape} of {num_classes} classes, {world.device} x "
-              f"{world.size}: {total} steps of {s.batch_size} = {total * s.batch_size / n:.1f} epochs = {total * s.batch_size:,} images; from step {step}")
-    bins = torch.zeros(2, BINS, device=world.device)                           # sum of losses and count for each time bin, since the last log line
-    bar = tqdm(loader(LatentBatches(latents, s.batch_size, s.seed, part), step, total, s.workers, world.device), initial=step, total=total,
+    batches = LatentBatches(latents, s.batch_size, s.seed, part)
+    bar = tqdm(loader(batches, step, total, s.workers, device), initial=step, total=total,
                desc="LightningDiT", unit="step", disable=world.rank > 0)
-    clock, clock_step = time.time(), step
     for z, y in bar:
-        x1 = (z.to(world.device, non_blocking=True).float() - scale_shift[0]) / scale_shift[1]   # (b, d, h, w)
-        y = y.to(world.device, non_blocking=True)                              # (b,)
-        # Noise, time and dropped labels of the global batch are functions of (seed, step); each process takes its share of them.
-        g = step_generator(world.device, s.seed, "train", step)
-        lognorm = s.lognorm and not (s.uniform_from_epoch and step * s.batch_size >= s.uniform_from_epoch * n)   # [Sec. 5.4]
-        t = sample_time(s.batch_size, lognorm, g, world.device)[part]          # (b,)
-        drop = (torch.rand(s.batch_size, device=world.device, generator=g) < s.class_dropout)[part]
-        x0 = torch.randn(s.batch_size, *latents.shape, device=world.device, generator=g)[part]
-        now = (step + 1) % s.log_every == 0 or step + 1 == total
-        terms, norm = run.step(x1, y, t, x0, drop, now)
-        step += 1
+        # normalised latent x1 = (z - mean) / std: data on the scale of the noise
+        x1 = (z.to(device, non_blocking=True).float() - mean) / std  # (b, d, h, w)
+        y = y.to(device, non_blocking=True)  # (b,)
+        t, x0, drop = (v[part] for v in draw(s, step, step * s.batch_size / n, shape, device))
+        logging = (step + 1) % s.log_every == 0 or step + 1 == total
+        terms, norm = run.step(x1, y, t, x0, drop, logging)
+        step += 1  # from here on: steps done
         loss = terms["mse"] + (terms["direction"] if s.direction_loss else 0)  # (b,)
-        finite.watch(step, loss=loss.mean())
+        log.watch(step, {"loss": loss.mean()})
+        # the mean hides where in the flow the loss falls: also by t in [0, .2), [.2, .4), ...
         bins.index_add_(1, (t * BINS).long().clamp(max=BINS - 1), torch.stack([loss, torch.ones_like(loss)]))
-        if now:
-            finite.check(path, advice)
-            values = average(world, torch.stack([loss.mean(), terms["mse"].mean(), terms["direction"].mean(), norm])).tolist()
-            speed, clock, clock_step = s.batch_size * (step - clock_step) / (time.time() - clock), time.time(), step
-            average(world, bins)
-            by_time = {f"loss_t{i / BINS:.1f}": v for i, v in enumerate((bins[0] / bins[1].clamp(min=1e-9)).tolist())}
+        if logging:
+            log.check(path, advice)
+            values = {"epoch": step * s.batch_size / n, "loss": loss.mean(), "mse": terms["mse"].mean(),
+                      "direction": terms["direction"].mean(), "grad_norm": norm}
+            values = log.write(step, values | by_time(world.mean(bins)) | {"lr": s.lr})
             bins.zero_()
-            metrics.write(step, epoch=step * s.batch_size / n, **dict(zip(("loss", "mse", "direction", "grad_norm"), values)), **by_time, lr=s.lr,
-                          images_per_s=speed, memory_gib=peak_memory(world.device))
-            bar.set_postfix(loss=f"{values[0]:.3f}", mse=f"{values[1]:.3f}", img_s=f"{speed:.0f}")
-        stopping = stop.agreed(now) and step < total
+            bar.set_postfix(loss=f"{values['loss']:.3f}", mse=f"{values['mse']:.3f}")
         if s.keep_every and step % s.keep_every == 0:
             save(Path(s.out) / f"dit-{step}.pt")
-        if stopping or step % s.save_every == 0 or step == total:
-            save()
-        if stopping:
-            return print(f"\nstopped after step {step} and saved {path}; the same command goes on from there") if world.rank == 0 else None
+        stopping = stop.agreed() and step < total
+        # before the save, after which this step is not done again
         if world.rank == 0 and (step == total or (s.sample_every and step % s.sample_every == 0)):
-            preview(run, vae, latents, scale_shift, Path(s.out) / "progress.png")
+            preview(run, vae, shape, mean, std, Path(s.out) / "progress.png")
+        if stopping or step % s.save_every == 0 or step == total:
+            save(path)
+        if stopping:
+            stop.leave(f"stopped after step {step} and saved {path}; the same command goes on from there")
     if world.rank == 0:
-        print(f"saved {path} and {s.out}/progress.png; peak memory {peak_memory(world.device):.2f} GiB. Next: python sample.py")
+        print(f"saved {path} and {s.out}/progress.png; peak memory {peak_memory(device):.2f} GiB. "
+              "Next: python sample.py")
 
+# === Plumbing: nothing of the paper below this line ===
+import numpy as np
+from torch.utils.data import Dataset
 
-# --- What it costs ------------------------------------------------------------------------------------------------------------------------------------
-PEAK = {"H100": 989, "H200": 989, "H800": 989, "A100": 312, "B200": 2250}      # dense bf16 TFLOP/s, from the makers' data sheets
+from train_vae import batch_indices, load_optimizer, run_script, save_grid
+from vae import UserError, check_entries, fingerprint, load_tokenizer, reading, require, torch_load
 
+BINS = 5
 
-def training_flops(arch):
-    """FLOPs of one training image: 3 x the forward pass (forward; backward for inputs and weights), counted by torch; a multiply-add is two."""
-    from torch.utils.flop_counter import FlopCounterMode
-    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
-        shape = (1, arch["in_channels"], arch["input_size"], arch["input_size"])
-        LightningDiT(**arch).eval()(torch.zeros(shape), torch.zeros(1), torch.zeros(1, dtype=torch.long))
-    return 3 * counter.get_total_flops()
+def by_time(bins):
+    """bins (2, BINS), sums of losses and numbers of latents -> {column: mean loss, NaN if there is none}."""
+    return {f"loss_t{i / BINS:.1f}": mean for i, mean in enumerate(bins[0] / bins[1])}
 
+def architecture(s, shape, num_classes):
+    """Settings, (d, h, w) of a latent, number of classes -> keyword arguments of LightningDiT."""
+    require(shape[1] == shape[2] and shape[1] % s.patch_size == 0,
+            f"--patch-size {s.patch_size} does not divide latents of {shape[1]}x{shape[2]}")
+    return {"input_size": shape[1], "patch_size": s.patch_size, "in_channels": shape[0],
+            "num_classes": num_classes, "class_dropout_prob": s.class_dropout, "use_qknorm": s.qknorm,
+            "use_swiglu": s.swiglu, "use_rope": s.rope, "use_rmsnorm": s.rmsnorm, "wo_shift": not s.shift,
+            **SIZES[s.size]}
 
-def bench(s, world, steps=20, shape=(32, 16, 16), epoch=1_281_167):
-    """Median time of a training step on synthetic latents of f16d32 at 256x256 (with --size and the other flags), and what it means for ImageNet."""
-    share(world, s.batch_size)                                                 # fails if the batch does not divide
-    arch = architecture(s, shape, 1000)
-    run, marks, b = Run(s, arch, world), [], s.batch_size // world.size
-    latents = torch.randn(4 * b, *shape, device=world.device)
-    for i in tqdm(range(steps + 5), desc=f"bench {s.size}/{s.patch_size}", unit="step", disable=world.rank > 0):
-        g = step_generator(world.device, s.seed, i)
-        x1, y = latents[(i % 4) * b:(i % 4 + 1) * b], torch.randint(1000, (b,), device=world.device, generator=g)
-        t, drop = sample_time(b, True, g, world.device), torch.rand(b, device=world.device, generator=g) < 0.1
-        run.step(x1, y, t, torch.randn(x1.shape, device=world.device, generator=g), drop, False)
-        if world.device.type == "cuda":
-            torch.cuda.synchronize()
-        marks.append(time.perf_counter())
+def begin(s, world, state, path):
+    """Settings, a checkpoint's state or None -> what the loop needs: Run; latents; tokenizer; the facts that
+    a checkpoint tells beside its weights, so that sample.py asks for nothing; the steps done; the loss by
+    time since the last line of the log. UserError if the checkpoint's latents were others."""
+    size = s.batch_size // world.size
+    require(size % s.accumulate == 0, f"--accumulate {s.accumulate} does not divide {size} latents a process")
+    latents, vae, tokenizer = open_latents(s, world)
+    n, classes = len(latents.labels), latents.classes
+    mean, std = latents.mean, latents.std
+    if s.latent_norm == "sd-vae":
+        # LDM's z * 0.18215 in the form of (z - mean) / std: no mean is taken away
+        mean, std = torch.zeros_like(mean), torch.full_like(std, 1 / 0.18215)
+    facts = {
+        "stage": "dit", "total_steps": s.steps or max(1, round(s.epochs * n / s.batch_size)),
+        "settings": asdict(s), "arch": architecture(s, latents.shape, len(classes)), "objective": s.objective,
+        "classes": classes, "num_classes": len(classes), "image_size": latents.shape[1] * vae.f,
+        "data": latents.meta.get("data", ""), "identity": latents.meta.get("identity", ""),
+        "latents": {"mean": mean, "std": std, "norm": s.latent_norm, "shape": list(latents.shape)},
+        "tokenizer": {"fingerprint": fingerprint(tokenizer["state_dict"]), "spec": tokenizer["spec"],
+                      "path": s.vae, "vf": tokenizer["settings"].get("vf", "")}}
+    run, step, bins = Run(s, facts["arch"], world), 0, torch.zeros(2, BINS, device=world.device)
+    if state:
+        check_entries(state, path, "model", "ema", "optimizer", "tokenizer")
+        same = state["tokenizer"].get("fingerprint") == facts["tokenizer"]["fingerprint"]
+        require(same and state.get("identity", facts["identity"]) == facts["identity"],
+                f"{path} was trained on latents of another tokenizer or other images than {s.vae} and "
+                f"{s.latents}: name those with --vae and --latents, or start over with --fresh")
+        load_weights(run.model, state["model"], path)
+        load_weights(run.ema, state["ema"], path)
+        load_optimizer(run.opt, state["optimizer"], path)
+        with reading(path):
+            step, bins = state["step"], bins + state.get("bins", bins).to(world.device)
     if world.rank == 0:
-        seconds, work = float(np.median(np.diff(marks)[4:])), training_flops(arch)   # the first steps compile
-        rate = s.batch_size / seconds
-        name = torch.cuda.get_device_name() if world.device.type == "cuda" else "CPU"
-        peak = next((v for k, v in PEAK.items() if k in name), None)
-        used = f" = {100 * rate * work / 1e12 / world.size / peak:.1f} % of {peak}" if peak else ""
-        print(f"{s.size}/{s.patch_size}, batch {s.batch_size}, {'bf16' if run.bf16 else 'fp32'}, compile {s.compile}, accumulate {s.accumulate}, checkpointing "
-              f"{s.checkpointing}, {name} x {world.size}; median of {steps} steps: {seconds * 1e3:.1f} ms a step, {rate:.1f} images/s")
-        print(f"{work / 1e9:.0f} GFLOP an image for training, {rate * work / 1e12 / world.size:.2f} TFLOP/s a device{used}; peak memory {peak_memory(world.device):.2f} GiB")
-        for epochs in (64, 800):
-            hours = epochs * epoch / rate / 3600
-            print(f"{epochs} epochs of ImageNet: {hours:.0f} h on {world.size}, {hours / 8 * world.size:.0f} h on 8, {hours / 32 * world.size:.0f} h on 32 such devices, "
-                  "if they scale perfectly")
+        total, millions = facts["total_steps"], sum(p.numel() for p in run.model.parameters()) / 1e6
+        print(f"LightningDiT {s.size}/{s.patch_size}, {millions:.2f} M parameters, on {n} latents "
+              f"{latents.shape} of {len(classes)} classes, {world.device} x {world.size}: {total} steps of "
+              f"{s.batch_size} = {total * s.batch_size / n:.1f} epochs = {total * s.batch_size:,} images; "
+              f"from step {step}")
+    return run, latents, vae, facts, step, bins
 
+@torch.no_grad()
+def preview(run, vae, shape, mean, std, path, columns=4, steps=25, guidance=2.0):
+    """A PNG of what the EMA draws: the first 8 classes, a row each, from the same noise every time. Euler's
+    method with guidance, as in sample.py."""
+    model, device, s = run.ema, run.world.device, run.settings
+    y = torch.arange(min(8, model.num_classes), device=device).repeat_interleave(columns)  # (B,)
+    null, grid = torch.full_like(y, model.num_classes), torch.linspace(0, 1, steps + 1, device=device)
+    x = torch.randn(len(y), *shape, generator=step_generator("cpu", s.seed, "preview")).to(device)
+    velocity = model if s.objective == "flow" else ddpm_velocity(model)
+    for t, dt in zip(grid, grid.diff()):
+        with autocast(x, run.bf16):
+            v = velocity(x, t.expand(len(y)), y).float()
+            if s.class_dropout > 0:
+                # v = v_null + w (v_class - v_null); without dropped labels there is no null class
+                v_null = velocity(x, t.expand(len(y)), null).float()
+                v = v_null + guidance * (v - v_null)
+        x = x + dt * v
+    save_grid(torch.cat([vae.decode(part) for part in (x * std + mean).split(columns)]), path, columns)
+
+# --- Latents on disk -------------------------------------------------------------------------------
+from train_vae import DiskArrays, Images, read_json, to_float, write_json
+
+
+class Chunks(Dataset):
+    """[i] -> the images of chunk i, uint8 (b, 3, S, S): loading processes decode while the GPU encodes."""
+    def __init__(self, images, chunks):
+        self.images, self.chunks = images, chunks
+
+    def __getitem__(self, i):
+        return torch.stack([self.images[j] for j in range(*self.chunks[i])])
+
+def extract(s, world, vae, images, key, folder):
+    """Encode the images, plain and flipped, into `folder`; chunks that are there already are kept.
+    latents.npy (N, 2, d, h, w) float16: [i, 0] plain, [i, 1] flipped, each a SAMPLE of the posterior, not its
+    mean: what the decoder was trained on (the authors' code). labels.npy (N,) int64. latents.json, written
+    last, so that it says "finished": whose latents these are, and their statistics. The noise is a function
+    of (seed, chunk): neither a kill nor the number of processes changes a bit (on a CPU)."""
+    size, device = key["image_size"], world.device
+    require(size % vae.f == 0,
+            f"--image-size {size} is not divisible by the tokenizer's downsampling rate {vae.f}")
+    shape = (vae.embed_dim, size // vae.f, size // vae.f)
+    key = key | {"seed": s.seed, "shape": list(shape)}
+    # float16: rounding moves a latent by 2e-4 of its std, the posterior's own noise by far more, and
+    # ImageNet's 2 x 1,281,167 latents of f16d32 take 42 GB instead of 84
+    arrays = {"latents": ((2, *shape), np.float16), "labels": ((), np.int64)}
+    disk = DiskArrays(folder, len(images), s.extract_batch, arrays, key, world)
+    todo = disk.missing()
+    batches = loader(Chunks(images, todo), 0, len(todo), s.workers, device)
+    bar = tqdm(batches, desc=f"latents to {folder}", unit="chunk", disable=world.rank > 0)
+    for (start, stop), x in zip(todo, bar):
+        x = to_float(x.to(device, non_blocking=True))  # (b, 3, S, S)
+        g = step_generator("cpu", s.seed, "posterior", start // s.extract_batch)
+        noise = torch.randn(2, len(x), *shape, generator=g).to(device)
+        with torch.inference_mode():
+            views = [vae.encode(x).sample(noise[0]), vae.encode(x.flip(3)).sample(noise[1])]
+        z = torch.stack(views, dim=1)  # (b, 2, d, h, w)
+        require(z.abs().max() < np.finfo(np.float16).max, f"latents of images {start} to {stop - 1} are not "
+                f"finite in float16: the tokenizer {s.vae} is broken")
+        disk.write(start, latents=z.cpu().numpy(), labels=images.labels[start:stop].numpy())
+    world.barrier()
+    if world.rank == 0:
+        mean, std = statistics(disk.array("latents"))
+        facts = {"classes": images.classes, "data": images.data, "mean": mean.tolist(), "std": std.tolist()}
+        write_json(folder / "latents.json", key | facts)
+        disk.finish()
+    world.barrier()
+
+def statistics(latents):
+    """(N, 2, d, h, w) -> mean, std (d,) over all of them, in float64 (the authors': over 10,000)."""
+    total, square, count = 0.0, 0.0, latents[:, :, 0].size
+    for i in range(0, len(latents), 1024):
+        block = latents[i:i + 1024].astype(np.float64)
+        total = total + block.sum((0, 1, 3, 4))
+        square = square + (block ** 2).sum((0, 1, 3, 4))
+    # var = (sum z^2 - n mean^2) / (n - 1); float64, since the two sums are nearly equal where mean >> std
+    mean = total / count
+    return mean, np.sqrt((square - count * mean ** 2) / (count - 1))
+
+class Latents:
+    """A folder that `extract` made. Memory-mapped: read at random, and processes share the pages."""
+    def __init__(self, folder):
+        self.meta = read_json(folder / "latents.json", "classes", "shape", "mean", "std", "fingerprint",
+                              "identity", "image_size")
+        self.classes, self.shape = self.meta["classes"], tuple(self.meta["shape"])
+        # (1, d, 1, 1)
+        self.mean, self.std = (torch.tensor(self.meta[k]).view(1, -1, 1, 1) for k in ("mean", "std"))
+        with reading(folder / "labels.npy"):
+            self.labels = torch.from_numpy(np.load(folder / "labels.npy"))
+        with reading(folder / "latents.npy"):
+            self.file = np.load(folder / "latents.npy", mmap_mode="r")
+        whole = self.file.shape == (len(self.labels), 2, *self.shape) and self.file.dtype == np.float16
+        require(whole, f"{folder}/latents.npy and labels.npy are not those that latents.json describes")
+
+    def read(self, index, flip):
+        """index (b,) int64, flip (b,) 0 or 1 -> (b, d, h, w) float16."""
+        return torch.from_numpy(self.file[index.numpy(), flip.numpy()])
+
+class AuthorsLatents:
+    """The same access to the authors' folder: *.safetensors with latents, latents_flip and labels;
+    latents_stats.pt with mean and std, each (1, d, 1, 1)."""
+    def __init__(self, folder):
+        try:
+            from safetensors import safe_open
+        except ImportError:
+            raise UserError(f"{folder} holds safetensors: reading them needs pip install safetensors")
+        self.views, labels = [], []
+        for path in sorted(folder.glob("*.safetensors")):
+            with reading(path):
+                shard = safe_open(str(path), "pt")  # opened once, not once an item
+                labels.append(shard.get_tensor("labels").long())
+                self.views.append([shard.get_slice("latents"), shard.get_slice("latents_flip")])
+            self.shape = tuple(self.views[0][0].get_shape()[1:])
+            whole = all(view.get_shape() == [len(labels[-1]), *self.shape] for view in self.views[-1])
+            require(whole, f"{path}: latents, latents_flip and labels are not of one length and shape")
+        self.labels, self.starts = torch.cat(labels), np.cumsum([0] + [len(part) for part in labels])
+        stats = torch_load(folder / "latents_stats.pt")
+        with reading(folder / "latents_stats.pt"):
+            self.mean, self.std = stats["mean"].float(), stats["std"].float()
+        self.classes, self.meta = [str(i) for i in range(int(self.labels.max()) + 1)], {}
+
+    def read(self, index, flip):
+        shard = np.searchsorted(self.starts, index.numpy(), side="right") - 1
+        rows = zip(index.tolist(), flip.tolist(), shard)
+        rows = [(i - self.starts[k], side, k) for i, side, k in rows]
+        return torch.cat([self.views[k][side][i:i + 1] for i, side, k in rows])
+
+def read_latents(folder):
+    """Either kind of folder -> latents: .labels, .classes, .mean, .std, .shape, .meta, .read(index, flip).
+    UserError if a file is damaged or if they do not fit together: found here, not after an hour."""
+    with reading(folder):
+        latents = AuthorsLatents(folder) if any(folder.glob("*.safetensors")) else Latents(folder)
+        labels, stats = latents.labels, torch.cat([latents.mean, latents.std])  # (N,), (2, d, 1, 1)
+        whole = labels.dtype == torch.int64 and labels.dim() == 1
+        whole = whole and stats.shape == (2, latents.shape[0], 1, 1)
+        whole = whole and 0 <= labels.min() and labels.max() < len(latents.classes)
+        whole = whole and stats.isfinite().all() and (latents.std > 0).all()
+    latents.name = folder
+    require(whole, f"the labels or statistics in {folder} are damaged: remove the folder, or name another")
+    return latents
+
+def open_latents(s, world):
+    """Settings -> (latents, tokenizer, its checkpoint). Latents are extracted if they are not there, and
+    refused (UserError) if they are another tokenizer's or other images'. Images are known by the list of
+    their files, not by their folder's name: a folder that was moved costs no second extraction."""
+    vae, tokenizer = load_tokenizer(s.vae, world.device, unfinished=s.unfinished)
+    require(not s.tokenizer_spec or tokenizer["spec"] == SPECS[s.tokenizer_spec],
+            f"--vae {s.vae} is not a tokenizer of spec {s.tokenizer_spec}, which preset {s.preset} asks for")
+    folder, told = Path(s.latents), tokenizer["settings"]
+    data, size = s.data or told.get("data", ""), s.image_size or told.get("image_size", 256)
+    key = {"fingerprint": fingerprint(tokenizer["state_dict"]), "identity": tokenizer.get("identity"),
+           "image_size": size}
+    # a kill may have come between latents.json and the last line of extract
+    made = (folder / "latents.json").exists() and not (folder / "filling.json").exists()
+    # the authors' folders say nothing of their images or tokenizer
+    if not any(folder.glob("*.safetensors")) and (s.data or not made):
+        require(data, f"the tokenizer {s.vae} does not say which images it knows: name them with --data")
+        with world.first():
+            images = Images(data, "train", size)
+        key["identity"] = images.identity
+        if not made:
+            extract(s, world, vae, images, key, folder)
+    latents = read_latents(folder)
+    wanted = key | {"image_size": s.image_size or latents.shape[1] * vae.f}
+    other = [f"{name} {latents.meta[name]} instead of {value}" for name, value in wanted.items()
+             if value and latents.meta.get(name, value) != value]
+    require(not other, f"the latents in {folder} are not those of {s.vae} and its images "
+            f"({', '.join(other)}): remove them, or name another folder with --latents")
+    require(latents.shape[0] == vae.embed_dim, f"the latents in {folder} have {latents.shape[0]} channels, "
+            f"the tokenizer {s.vae} has {vae.embed_dim}")
+    return latents, vae, tokenizer
+
+class LatentBatches(Dataset):
+    """[step] -> this process's share of the step's latents, (b, d, h, w) as stored, and labels (b,). Plain or
+    flipped with p = 0.5, the only augmentation (the authors' code). A function of (seed, step)."""
+    def __init__(self, latents, batch_size, seed, part):
+        self.latents, self.batch_size, self.seed, self.part = latents, batch_size, seed, part
+
+    def __getitem__(self, step):
+        index = batch_indices(len(self.latents.labels), self.batch_size, step, self.seed)[self.part]
+        g = step_generator("cpu", self.seed, "flip", step)
+        flip = torch.randint(2, (self.batch_size,), generator=g)[self.part]
+        z = self.latents.read(index, flip)
+        require(z.isfinite().all(), f"{self.latents.name} holds latents that are not finite: remove them")
+        return z, self.latents.labels[index]
 
 def main(s, world):
-    if s.bench:
-        return bench(s, world)
     s.vae = s.vae or str(Path(s.out) / "vae.pt")
     s.latents = s.latents or str(Path(s.vae).parent / "latents")
     train(s, world)
-
 
 if __name__ == "__main__":
     run_script(Settings, PRESETS, __doc__, main)

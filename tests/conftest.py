@@ -1,19 +1,35 @@
-"""What the tests share: the scripts on the import path, one thread a process, and a torch.hub cache of their own with no network behind it."""
+"""What the tests share: the scripts on the import path, one thread a process, a torch.hub cache of their own
+with no network behind it, and how a user's mistake ends."""
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.error import URLError
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-torch.set_num_threads(1)                                   # small tensors: more threads only wait for each other
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+torch.set_num_threads(1)   # small tensors: more threads only wait for each other
+
+
+def user_error(work, *args, **kwargs):
+    """The one line that work(*args, **kwargs) must end in: a UserError, or an OSError that names its file, of
+    which run_script makes one."""
+    from vae import UserError
+    with pytest.raises((UserError, OSError)) as caught:
+        work(*args, **kwargs)
+    line = str(caught.value)
+    if isinstance(caught.value, OSError):
+        assert caught.value.filename
+        line = f"{caught.value.filename} cannot be read or written: {caught.value.strerror}"
+    assert line.strip() and "\n" not in line, line
+    return line
 
 
 @pytest.fixture
 def torch_home(tmp_path, monkeypatch):
-    """An empty TORCH_HOME. Returns its hub/checkpoints folder. Every attempt to download ends at once in URLError; `.attempts` lists the URLs."""
+    """An empty TORCH_HOME: .hub and .hub/checkpoints. Every attempt to download ends at once in URLError;
+    .attempts lists the URLs."""
     def refuse(url, *args, **kwargs):
         attempts.append(url)
         raise URLError("no network in this test")
@@ -23,4 +39,4 @@ def torch_home(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
     folder = tmp_path / "torch" / "hub" / "checkpoints"
     folder.mkdir(parents=True)
-    return type("TorchHome", (), dict(checkpoints=folder, hub=folder.parent, attempts=attempts))
+    return SimpleNamespace(checkpoints=folder, hub=folder.parent, attempts=attempts)

@@ -1,0 +1,145 @@
+"""Kills the four scripts at random moments, runs each again until it finishes, and compares every output with an
+undisturbed run's, byte for byte. Not part of the suite.
+
+    python tests/kill.py --runs 50 --seed 0
+"""
+import argparse
+import csv
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
+from test_mistakes import start
+
+COMMANDS = {
+    "train_vae": "--out run --data photos --image-size 32 --spec mini-f4d4 --vf mini --teacher-steps 20 --disc-start 6 "
+                 "--batch-size 4 --steps 16 --log-every 3 --save-every 2 --workers 1",
+    "train_dit": "--out run --size mini-XS --batch-size 4 --steps 30 --log-every 4 --save-every 3 --sample-every 6 "
+                 "--keep-every 10 --extract-batch 2",
+    "sample": "--out run --num 60 --steps 8 --batch-size 5 --png --sweep 1,2 --trajectory 0,0.5,1",
+    "fid": "--out run --steps 30 --num 30 --batch-size 4"}
+# (script, phase, what marks its begin: a file of this pattern is there; "" the process has begun)
+PHASES = [
+    ("train_vae", "start and teacher", ""), ("train_vae", "loop", "run/metrics_vae.csv"),
+    ("train_vae", "save", "run/.vae.pt.tmp"), ("train_vae", "pictures", "run/.reconstructions.png.tmp"),
+    ("train_vae", "loop", "run/vae.pt"), ("train_dit", "extraction", "run/latents/marks"),
+    ("train_dit", "begin of the extraction", "run/latents/lock"), ("train_dit", "merging", "run/latents/latents.json"),
+    ("train_dit", "loop", "run/metrics_dit.csv"), ("train_dit", "save", "run/.dit.pt.tmp"),
+    ("sample", "begin of sampling", "run/samples_parts"), ("sample", "sampling", "run/samples_parts/marks"),
+    ("sample", "merging", "run/.samples.npz.tmp"), ("sample", "after merging", "run/samples.npz"),
+    ("sample", "PNGs", "run/samples"), ("fid", "score network", ""), ("fid", "scoring", "run/score_net.pt"),
+    ("fid", "writing", "run/.scores.json.tmp")]
+
+
+def photos(folder):
+    rng = np.random.default_rng(0)
+    for c, name in enumerate(("ant", "bee", "cat")):
+        (folder / name).mkdir(parents=True)
+        for i in range(20):
+            noise = np.clip(rng.normal(80 * c + 40, 30, (32, 36, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(noise).save(folder / name / f"{i:02}.png")
+
+
+def begin(script, folder):
+    with tempfile.TemporaryFile() as out, open(folder.parent / "err", "wb") as err:
+        return start(script, COMMANDS[script].split(), folder, out, err)
+
+
+def kill(script, folder, number, pattern, delay):
+    """Start it, send the signal so long after the phase's begin -> exit status, and whether it was still running."""
+    pid, began = begin(script, folder), None
+    while True:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status), False
+        if began is None and (not pattern or (folder / pattern).exists()):
+            began = time.perf_counter()
+        if began is not None and time.perf_counter() - began >= delay:
+            os.kill(pid, number)
+            return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), True
+
+
+def flat(value):
+    """What a checkpoint holds, as something that can be compared."""
+    if torch.is_tensor(value):
+        return str(value.dtype), tuple(value.shape), value.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    if isinstance(value, dict):
+        return {name: flat(part) for name, part in value.items()}
+    return repr(value)
+
+
+def outputs(folder):
+    """{path: its contents}; of a CSV without the columns that are clocks."""
+    found = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        value = path.read_bytes()
+        if path.suffix == ".pt":
+            value = flat(torch.load(path, weights_only=True))
+        elif path.suffix == ".csv":
+            with open(path, newline="") as file:
+                value = [{k: v for k, v in row.items() if k not in ("images_per_s", "memory_gib")}
+                         for row in csv.DictReader(file)]
+        if "tensorboard" not in path.parts:
+            found[str(path.relative_to(folder))] = value
+    return found
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    rng, failed, hit = random.Random(args.seed), 0, 0
+    with tempfile.TemporaryDirectory() as root:
+        root, before, whole, seconds = Path(root), {}, {}, {}
+        photos(root / "here" / "photos")
+        for script in COMMANDS:   # undisturbed; what was there before it is where the killed runs begin
+            before[script] = shutil.copytree(root / "here", root / f"before-{script}")
+            then = time.perf_counter()
+            status = os.waitstatus_to_exitcode(os.waitpid(begin(script, root / "here"), 0)[1])
+            assert status == 0, (root / "err").read_text()
+            seconds[script], whole[script] = time.perf_counter() - then, outputs(root / "here")
+        for i in range(args.runs):
+            script, phase, pattern = PHASES[i % len(PHASES)]
+            number = signal.SIGTERM if rng.random() < 0.4 else signal.SIGKILL
+            folder = shutil.copytree(before[script], root / f"run-{i}")
+            # a short phase by some ms, a long one anywhere
+            short = pattern.endswith((".tmp", ".json", ".npz", "lock", "parts"))
+            delay = rng.uniform(0, 0.02 if short else 0.8 * seconds[script])
+            status, running = kill(script, folder, number, pattern, delay)
+            hit += running and status != 0
+            again = 0
+            if rng.random() < 0.3:   # and once more, anywhere
+                kill(script, folder, signal.SIGKILL, "", rng.uniform(0, seconds[script]))
+            status_again = None
+            while status_again != 0 and again < 5:
+                again += 1
+                status_again = os.waitstatus_to_exitcode(os.waitpid(begin(script, folder), 0)[1])
+            found = outputs(folder)
+            wrong = [path for path in found.keys() | whole[script].keys()
+                     if found.get(path) != whole[script].get(path)]
+            good = not wrong and again == 1 and status in (0, -number, 128 + number)
+            failed += not good
+            print(f"{i + 1:3} {script:9} {phase:24} {number.name} after {delay:5.3f} s: status {status:4}, then "
+                  f"{status_again}: {'the same bytes' if good else f'DIFFERENT: {wrong}'}", flush=True)
+            if not good:
+                print((root / "err").read_text()[-2000:])
+                shutil.copytree(folder, f"/tmp/killed-{i}", dirs_exist_ok=True)
+            shutil.rmtree(folder)
+    print(f"{args.runs - failed} of {args.runs} as undisturbed; {hit} were hit while running")
+    return failed > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
