@@ -211,11 +211,11 @@ def ddpm_velocity(model):
         return (x - eps) / t.float().view(-1, 1, 1, 1)
     return velocity
 
-@torch.no_grad()
 def update_ema(averages, weights, decay):
     """Two lists of tensors: each average moves towards its weight, in place, without gradient."""
-    # ema <- decay ema + (1 - decay) weights = ema + (1 - decay) (weights - ema), all tensors in one sweep
-    torch._foreach_lerp_(averages, weights, 1 - decay)
+    with torch.no_grad():
+        # ema <- decay ema + (1 - decay) weights = ema + (1 - decay) (weights - ema), all tensors in one sweep
+        torch._foreach_lerp_(averages, weights, 1 - decay)
 
 class Run:
     """model; ema, its average, which is sampled from; opt; net, the model as training calls it (compiled, and

@@ -7,10 +7,12 @@
     python tests/bench.py read                         latents at random, against opening a safetensors file
     python tests/bench.py memory                       what a training step of the tokenizer keeps, on paper
 
-tokenizer, dit, sample and memory take the flags of train_vae.py, train_dit.py and sample.py, too; their preset here
-is imagenet256. The first two run under torchrun as well. No pytest file; tests/test_bench.py tests it.
+tokenizer, dit, sample and memory take the flags of train_vae.py, train_dit.py and sample.py, too; their
+preset here is imagenet256. The first two run under torchrun as well. No pytest file; tests/test_bench.py
+tests it.
 """
 import argparse
+import contextlib
 import json
 import statistics
 import sys
@@ -257,70 +259,61 @@ def read(flags):
 
 
 def kept_by_autograd(s, batch):
-    """Settings of train_vae.py, images in one process -> bytes that autograd keeps of a step until the backward
-    pass, weights left out. Distinct storages on meta tensors: nothing is computed. With checkpointing, and the
-    largest level, which is there once more while it is computed again."""
-    f = 2 ** (len(SPECS[s.spec]["ch_mult"]) - 1)
-    teacher = SimpleNamespace(width=1024)
-    run = train_vae.Run(replace(s, compile=False), train_vae.World("cpu"), teacher, pretrained=False)
-    run.opt = run.opt_disc = SimpleNamespace(zero_grad=lambda set_to_none: None, step=lambda: None)
-    nets = [net.to("meta") for net in (run.tokenizer, run.lpips, run.disc) if net is not None]
-    run.foundation = lambda x, grid: torch.empty(len(x), 1024, *grid, device="meta")
-    weights = {t.untyped_storage()._cdata for net in nets for t in [*net.parameters(), *net.buffers()]}
-    kept, held, levels = {}, [], []
+    """Settings of train_vae.py, images at once -> bytes that autograd keeps of a step until the backward
+    pass, and the most that one level of the network adds. Distinct storages on meta tensors, weights left
+    out."""
+    class Forwards(Exception):
+        """The forward pass is done."""
+
+    def done(*args, **kwargs):
+        raise Forwards
 
     def pack(tensor):
         storage = tensor.untyped_storage()
         if storage._cdata not in weights:
-            held.append(storage)   # or its address would be given to another one
-            kept[storage._cdata] = storage.nbytes()
+            kept[storage._cdata] = storage   # held, or its address would be another's
         return tensor
+
+    def count():
+        return sum(storage.nbytes() for storage in kept.values())
 
     def watched(forward):
         def call(*args):
-            before = sum(kept.values())
+            before = count()
             out = forward(*args)
-            levels.append(sum(kept.values()) - before)
+            levels.append(count() - before)
             return out
         return call
-
-    class Done(Exception):
-        pass
-
-    def stop(*args, **kwargs):
-        raise Done
-
-    vae = run.tokenizer.vae
-    if not s.checkpointing:
-        for level in [*vae.encoder.down, *vae.decoder.up]:
-            level.forward = watched(level.forward)
+    teacher = SimpleNamespace(width=1024)
+    run = train_vae.Run(replace(s, compile=False), train_vae.World("cpu"), teacher, pretrained=False)
+    run.opt = run.opt_disc = SimpleNamespace(zero_grad=done)   # train_step calls it before its backward pass
+    run.foundation = lambda x, grid: torch.empty(len(x), 1024, *grid, device="meta")
+    vae, nets = run.tokenizer.vae, [net for net in (run.tokenizer, run.lpips, run.disc) if net is not None]
+    tensors = [t for net in nets for t in [*net.to("meta").parameters(), *net.buffers()]]
+    weights, kept, levels = {t.untyped_storage()._cdata for t in tensors}, {}, []
+    for level in [*vae.encoder.down, *vae.decoder.up]:
+        level.forward = watched(level.forward)
     x = torch.empty(batch, 3, s.image_size, s.image_size, device="meta")
-    noise = torch.empty(batch, vae.embed_dim, s.image_size // f, s.image_size // f, device="meta")
-    backward, torch.Tensor.backward = torch.Tensor.backward, stop
-    try:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            train_vae.train_step(run, x, noise, s.disc_start)
-    except Done:
-        pass
-    finally:
-        torch.Tensor.backward = backward
-    largest = kept_by_autograd.level = max(levels) if levels else kept_by_autograd.level
-    return sum(kept.values()) + (largest if s.checkpointing else 0)
+    noise = torch.empty(batch, vae.embed_dim, s.image_size // vae.f, s.image_size // vae.f, device="meta")
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), contextlib.suppress(Forwards):
+        train_vae.train_step(run, x, noise, s.disc_start)
+    return count(), max(levels)
 
 
 def memory(flags):
-    """What autograd keeps of a training step of the tokenizer, with LPIPS and discriminator, without and with
-    --checkpointing, counted. --accumulate N: a part's images. All flags of train_vae.py."""
-    s, _ = parse(train_vae, flags, {})
-    gib = 2 ** 30
-    print(f"{s.spec}, {s.image_size}x{s.image_size}, {s.precision}: GiB that autograd keeps\n\n"
-          "images at once   plain   --checkpointing")
-    for batch in (1, 4, 8, 32):
-        plain, less = (kept_by_autograd(replace(s, checkpointing=on), batch) / gib for on in (False, True))
-        print(f"{batch:14d} {plain:7.2f} {less:17.2f}")
-    weights = sum(p.numel() for p in AutoencoderKL(**SPECS[s.spec]).parameters())
-    print(f"\nbeside that: {16 * weights / gib:.2f} GiB of weights, gradients and Adam's two moments, 1.13 GiB of "
-          "DINOv2-L, the discriminator and VGG 0.1 GiB")
+    """What autograd keeps of a training step of the tokenizer with LPIPS and discriminator, without and with
+    --checkpointing, which computes one level again at a time. All flags of train_vae.py."""
+    s, own = parse(train_vae, flags, {"--at-once": "1,4,8,32"})
+    print(f"{s.spec}, {s.image_size}x{s.image_size}, {s.precision}: GiB that autograd keeps\n"
+          "images at once    plain   --checkpointing")
+    for batch in map(int, own.at_once.split(",")):
+        plain, level = kept_by_autograd(replace(s, checkpointing=False), batch)
+        inputs, _ = kept_by_autograd(replace(s, checkpointing=True), batch)
+        print(f"{batch:14d} {plain / 2 ** 30:8.2f} {(inputs + level) / 2 ** 30:17.2f}")
+    with torch.device("meta"):
+        weights = sum(p.numel() for p in AutoencoderKL(**SPECS[s.spec]).parameters())
+    print(f"and once: {16 * weights / 2 ** 30:.2f} GiB of weights, gradients, Adam's moments; "
+          "DINOv2-L 1.1 GiB")
 
 
 COMMANDS = {"flops": flops, "tokenizer": tokenizer, "dit": dit, "sample": sampling, "read": read,

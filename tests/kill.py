@@ -1,5 +1,5 @@
-"""Kills the four scripts at random moments, runs each again until it finishes, and compares every output with an
-undisturbed run's, byte for byte. Not part of the suite.
+"""Kills the four scripts at random moments, runs each again until it finishes, and compares every output
+with an undisturbed run's, byte for byte. Not part of the suite.
 
     python tests/kill.py --runs 50 --seed 0
 """
@@ -22,9 +22,11 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 from test_mistakes import start
 
 COMMANDS = {
-    "train_vae": "--out run --data photos --image-size 32 --spec mini-f4d4 --vf mini --teacher-steps 20 --disc-start 6 "
+    "train_vae": "--out run --data photos --image-size 32 --spec mini-f4d4 --vf mini --teacher-steps 20 "
+                 "--disc-start 6 "
                  "--batch-size 4 --steps 16 --log-every 3 --save-every 2 --workers 1",
-    "train_dit": "--out run --size mini-XS --batch-size 4 --steps 30 --log-every 4 --save-every 3 --sample-every 6 "
+    "train_dit": "--out run --size mini-XS --batch-size 4 --steps 30 --log-every 4 --save-every 3 "
+                 "--sample-every 6 "
                  "--keep-every 10 --extract-batch 2",
     "sample": "--out run --num 60 --steps 8 --batch-size 5 --png --sweep 1,2 --trajectory 0,0.5,1",
     "fid": "--out run --steps 30 --num 30 --batch-size 4"}
@@ -33,7 +35,8 @@ PHASES = [
     ("train_vae", "start and teacher", ""), ("train_vae", "loop", "run/metrics_vae.csv"),
     ("train_vae", "save", "run/.vae.pt.tmp"), ("train_vae", "pictures", "run/.reconstructions.png.tmp"),
     ("train_vae", "loop", "run/vae.pt"), ("train_dit", "extraction", "run/latents/marks"),
-    ("train_dit", "begin of the extraction", "run/latents/lock"), ("train_dit", "merging", "run/latents/latents.json"),
+    ("train_dit", "begin of the extraction", "run/latents/lock"), ("train_dit", "merging",
+                                                            "run/latents/latents.json"),
     ("train_dit", "loop", "run/metrics_dit.csv"), ("train_dit", "save", "run/.dit.pt.tmp"),
     ("sample", "begin of sampling", "run/samples_parts"), ("sample", "sampling", "run/samples_parts/marks"),
     ("sample", "merging", "run/.samples.npz.tmp"), ("sample", "after merging", "run/samples.npz"),
@@ -56,7 +59,7 @@ def begin(script, folder):
 
 
 def kill(script, folder, number, pattern, delay):
-    """Start it, send the signal so long after the phase's begin -> exit status, and whether it was still running."""
+    """Start it, send the signal so long after the phase's begin -> exit status, and whether it still ran."""
     pid, began = begin(script, folder), None
     while True:
         done, status = os.waitpid(pid, os.WNOHANG)
@@ -72,7 +75,8 @@ def kill(script, folder, number, pattern, delay):
 def flat(value):
     """What a checkpoint holds, as something that can be compared."""
     if torch.is_tensor(value):
-        return str(value.dtype), tuple(value.shape), value.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        data = value.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        return str(value.dtype), tuple(value.shape), data
     if isinstance(value, dict):
         return {name: flat(part) for name, part in value.items()}
     return repr(value)
@@ -131,7 +135,8 @@ def main():
                      if found.get(path) != whole[script].get(path)]
             good = not wrong and again == 1 and status in (0, -number, 128 + number)
             failed += not good
-            print(f"{i + 1:3} {script:9} {phase:24} {number.name} after {delay:5.3f} s: status {status:4}, then "
+            print(f"{i + 1:3} {script:9} {phase:24} {number.name} after {delay:5.3f} s: status {status:4}, "
+                  f"then "
                   f"{status_again}: {'the same bytes' if good else f'DIFFERENT: {wrong}'}", flush=True)
             if not good:
                 print((root / "err").read_text()[-2000:])

@@ -1,5 +1,4 @@
 """sample.py against torchdiffeq, scipy and plain formulas, and the script run on a tiny chain."""
-import fcntl
 import hashlib
 import json
 import os
@@ -426,7 +425,7 @@ def test_pictures_pngs_and_a_finished_run(chain, tmp_path, capsys):
 @pytest.mark.parametrize("flags, message", [
     (("--cfg-scale", 2), "cfg_scale 3.0 (now 2.0)"), (("--labels", "1,6"), "from 0 to 5"),
     (("--data", "cifar10"), "the checkpoint is for shapes"), (("--cfg-channels", 5), "4 channels"),
-    (("--image-size", 64), "the checkpoint is for 32"), (("--steps", 1), "--steps 1 is not in [2, inf)"),
+    (("--image-size", 64), "the checkpoint is for 32"), (("--steps", 1), "--steps 1 is not in [2, 1e5]"),
     (("--sweep", "1,x"), "--sweep 1,x"), (("--trajectory", "nan"), "--trajectory nan"),
     (("--shift", 0), "--shift"), (("--cfg-interval-start", 2), "[0, 1]"), (("--num", 0), "--num"),
     (("--integrator", "rk4"), "--integrator"),
@@ -486,10 +485,14 @@ def test_unfinished_and_damaged_checkpoints(tmp_path, name):
 
 def test_a_second_run_into_the_same_folder_is_refused(chain, tmp_path):
     (tmp_path / "samples_parts").mkdir()
-    with open(tmp_path / "samples_parts" / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    hold = ("import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); "
+            "print(1, flush=True); input()")
+    with subprocess.Popen([sys.executable, "-c", hold, tmp_path / "samples_parts" / "lock"], text=True,
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
         with pytest.raises(UserError, match="another process"):
             run_chain(chain, tmp_path, *JOB)
+        other.kill()
     # the lock dies with its process
     assert len(run_chain(chain, tmp_path, "--num", 2, "--steps", 3)["arr_0"]) == 2
 

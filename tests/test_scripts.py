@@ -12,6 +12,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -21,6 +22,7 @@ import pytest
 import torch
 from PIL import Image
 from test_vf_loss import fill_dinov2_cache
+from tqdm import tqdm
 
 import fid  # noqa: F401 (imported once, for all forks)
 import sample  # noqa: F401
@@ -48,6 +50,7 @@ def fork(script, *args, folder, env=()):
             os.dup2(os.open(folder / name, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), stream)
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)   # noqa: SIM115
         sys.argv = [script, *map(str, args)]
+        tqdm.set_lock(threading.RLock())   # its own is shared with a sister, which may die holding it
         os.environ.update(env)
         os.chdir(ROOT)
         runpy.run_path(script, run_name="__main__")
