@@ -33,7 +33,7 @@ TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=
             "--rdzv_endpoint=localhost:0")
 SMALL_VAE = shlex.split("--spec mini-f4d4 --image-size 24 --batch-size 8 --vf mini --teacher-steps 3 "
                         "--warmup 0 --lpips-weight 0 --lr 1e-3 --log-every 1 --save-every 2 --disc-start 4 "
-                        "--workers 0 --seed 3 --device cpu")
+                        "--disc-weight 0.5 --workers 0 --seed 3 --device cpu")
 SMALL_DIT = shlex.split("--size mini-S --patch-size 2 --batch-size 8 --lr 1e-3 --log-every 1 --save-every 2 "
                         "--sample-every 0 --workers 0 --seed 3 --device cpu")
 
@@ -305,7 +305,7 @@ def test_flag_mistakes(run, photos, tmp_path):
             ("train_dit.py", ["--preset", "tiny"], "--preset"),
             ("train_vae.py", ["--batch-size", 0], "--batch-size 0"),
             ("train_vae.py", ["--image-size", 30, *small], "--image-size 30"),
-            ("train_vae.py", ["--image-size", 16, *small], "--disc-weight 0")):
+            ("train_vae.py", ["--image-size", 16, "--disc-weight", 0.5, *small], "--disc-weight 0")):
         assert words in run(script, *flags, ok=False)
 
 

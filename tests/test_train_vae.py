@@ -173,7 +173,7 @@ def test_train_tells_train_step_the_batch_and_resumes_where_it_was(tiny, monkeyp
 def test_the_long_recipe_is_a_chain_by_init(tiny, monkeypatch, tmp_path):
     """A part starts from all weights of the one before, W and the discriminator, too; Adam starts anew."""
     monkeypatch.setattr(train_vae, "load_foundation_model", lambda *args: Teacher())
-    tiny = partial(tiny, "--vf", "dinov2", "--lpips-weight", 0)
+    tiny = partial(tiny, "--vf", "dinov2", "--lpips-weight", 0, "--disc-weight", 0.5)
     first, second = tiny("--out", tmp_path / "1", "--steps", 2), tiny("--out", tmp_path / "2", "--steps", 2)
     second.seed, second.init = 5, str(tmp_path / "1" / "vae.pt")
     train_vae.train(first, ONE)
