@@ -349,7 +349,8 @@ def file_hash(path, algorithm="sha256"):
     return f"{algorithm}:{digest.hexdigest()}"
 
 VGG16 = "https://download.pytorch.org/models/vgg16-397923af.pth"
-LPIPS_HEADS = "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/vgg.pth"
+LPIPS_HEADS = ("https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/"
+               "lpips/weights/v0.1/vgg.pth")
 
 def load_lpips(net):
     """Fill an LPIPS network with torchvision's VGG16 and the heads of LPIPS's authors."""
