@@ -607,8 +607,6 @@ class World:
         require(alone, "srun started several processes that do not know of each other: start one a node, and "
                 "let it run torchrun (see README)")
         self.device = torch.device("cpu")
-        if "OMP_NUM_THREADS" not in os.environ:   # two threads of one core only slow each other down
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
         if cuda and device != "cpu":
             self.device = torch.device("cuda", self.local)
             torch.cuda.set_device(self.device)
