@@ -18,8 +18,8 @@ import signal
 
 if __name__ == "__main__":  # Ctrl-C while torch is loading: no traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-# Before torch is loaded: waiting threads sleep instead of spinning (see train_vae.py).
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Before torch is loaded: a waiting CPU thread spins for a moment, then sleeps (see train_vae.py).
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 from dataclasses import dataclass
 from pathlib import Path
 

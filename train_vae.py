@@ -18,9 +18,10 @@ import signal
 
 if __name__ == "__main__":  # Ctrl-C while torch is loading: no traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-# Before torch is loaded: waiting threads sleep instead of spinning, which beside another process is six times
-# faster (preset mini on two cores) and on an idle machine makes no difference.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Before torch is loaded: a waiting CPU thread spins for a moment, then sleeps. 200 steps of train_dit.py's
+# preset mini on two cores took 14 s, of two runs at once 27 s each; sleeping at once 31 and 25 s, always
+# spinning 15 and 117 s.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -91,7 +92,7 @@ class Settings:
         # of the tokenizer: fp32 (TF32 on CUDA, as the authors) or bf16 autocast; losses are fp32
     compile: bool = opt(torch.cuda.is_available(), same=False)  # torch.compile encoder and decoder
     accumulate: int = opt(1, "[1, inf)", same=False)
-        # parts of each process's batch, one after the other: less memory, half as much time again
+        # parts of each process's batch, one after the other: less memory, a sixth more time
     checkpointing: bool = opt(False, same=False)  # compute activations twice: less memory, a third more time
     workers: int = opt(8, "[0, 512]", same=False)  # loading processes for each training process
     log_every: int = opt(50, "[1, inf)", same=False)  # steps between lines of metrics_vae.csv
@@ -195,36 +196,37 @@ class Run:
         if device.type == "cuda":
             for net in filter(None, (self.tokenizer, self.lpips, self.disc)):
                 net.to(memory_format=torch.channels_last)
-        if s.compile:
-            # Only `features`: the last convolutions stay outside, where Eq. 4 takes its gradients. These
-            # backward passes need the graph's buffers again, which torch.compile would give away.
-            torch._functorch.config.donated_buffer = False
-            vae.encoder.features = torch.compile(vae.encoder.features)
-            vae.decoder.features = torch.compile(vae.decoder.features)
         if s.checkpointing:
             for level in [*vae.encoder.down, *vae.decoder.up]:
-                level.forward = partial(checkpoint, level.forward, use_reentrant=False)
+                level.forward = in_parts(level.forward, 1)
+        # Only `features`: the last convolutions stay outside, where Eq. 4 takes its gradients. These backward
+        # passes need the graph's buffers again, which torch.compile would give away.
+        torch._functorch.config.donated_buffer = False
+        for net in (vae.encoder, vae.decoder):
+            if s.compile:
+                net.features = torch.compile(net.features)
+            if s.accumulate > 1:
+                net.features = in_parts(net.features, s.accumulate)
+        for net in filter(None, (self.lpips, self.disc)):
+            if s.accumulate > 1:
+                net.forward = in_parts(net.forward, s.accumulate)
         # Betas (0.5, 0.9) are LDM's and VQGAN's: against a moving discriminator a short memory helps.
         options = {"lr": s.lr, "betas": (0.5, 0.9), "fused": True}
         self.opt = torch.optim.Adam(self.tokenizer.parameters(), **options)
         self.ddp = world.parallel(self.tokenizer)
-        if self.disc is not None:
-            if world.size > 1 and device.type == "cuda":  # a CPU normalises each share, as LDM does
-                self.disc = nn.SyncBatchNorm.convert_sync_batchnorm(self.disc)
-            self.opt_disc = torch.optim.Adam(self.disc.parameters(), **options)
-            self.ddp_disc = world.parallel(self.disc)
-        self.optimizers = [part for part in self.parts().values() if isinstance(part, torch.optim.Optimizer)]
+        if world.size > 1 and device.type == "cuda" and self.disc:  # a CPU normalises each share, as LDM does
+            self.disc = nn.SyncBatchNorm.convert_sync_batchnorm(self.disc)
+        self.opt_disc = torch.optim.Adam(self.disc.parameters(), **options) if self.disc else None
+        self.ddp_disc = world.parallel(self.disc) if self.disc else None
+        self.optimizers = [self.opt, self.opt_disc] if self.disc else [self.opt]
 
     def parts(self):
         """{name in the checkpoint: module or optimizer}."""
-        parts = {"state_dict": self.tokenizer.vae, "optimizer": self.opt}
-        if self.foundation is not None:
-            parts["linear_proj"] = self.tokenizer.linear_proj
-        if self.settings.vf == "mini":
-            parts["teacher"] = self.foundation.net
-        if self.disc is not None:
-            parts |= {"discriminator": self.disc, "optimizer_disc": self.opt_disc}
-        return parts
+        teacher = self.foundation.net if self.settings.vf == "mini" else None
+        parts = {"state_dict": self.tokenizer.vae, "optimizer": self.opt,
+                 "linear_proj": self.tokenizer.linear_proj, "teacher": teacher,
+                 "discriminator": self.disc, "optimizer_disc": self.opt_disc}
+        return {name: part for name, part in parts.items() if part is not None}
 
     def load(self, state, path):
         for name, part in self.parts().items():
@@ -232,10 +234,12 @@ class Run:
             load = load_optimizer if part in self.optimizers else load_weights
             load(part, state[name], path)
 
+# the columns of metrics_vae.csv
+TERMS = ("rec", "l1", "kl", "g", "d", "w_disc", "mcos", "mdms", "w_vf")
+
 def train(s, world):
-    """The loop. A step's images, crops and noise are drawn from generators that are functions of (seed,
-    step): a run killed and resumed is the run that was not, with no random state saved (on a CPU to the
-    bit)."""
+    """The loop. A step's images, crops and noise are functions of (seed, step): a run killed and resumed is
+    the run that was not, with no random state saved (on a CPU to the bit)."""
     path, share = Path(s.out) / "vae.pt", world.share(s.batch_size, s.accumulate)
     state = resume(path, "vae", s)
     if state and state["step"] == state["total_steps"]:
@@ -275,13 +279,12 @@ def train(s, world):
         # the noise of the global batch, of which each process takes its share
         generator = step_generator(world.device, s.seed, "noise", step)
         noise = torch.randn(shape, device=world.device, generator=generator)[share]  # (b, d, h, w)
-        terms = (train_step if s.accumulate == 1 else accumulated_step)(run, x, noise, step)
+        terms = train_step(run, x, noise, step)
         step += 1  # from here on: steps done
         log.watch(step, terms)
         if step % s.log_every == 0 or step == total:
             log.check(path, "try a smaller --lr, or --precision fp32")
-            names = ("rec", "l1", "kl", "g", "d", "w_disc", "mcos", "mdms", "w_vf")
-            values = {"epoch": step * s.batch_size / len(images)} | dict.fromkeys(names, 0.0) | terms
+            values = {"epoch": step * s.batch_size / len(images)} | dict.fromkeys(TERMS, 0.0) | terms
             values = log.write(step, values)
             bar.set_postfix({name: f"{values[name]:.3g}" for name in ("rec", "mcos", "mdms")})
         stopping = stop.agreed() and step < total
@@ -367,7 +370,7 @@ import resource
 import sys
 import time
 from datetime import timedelta
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import numpy as np
 import torch.distributed as dist
@@ -376,6 +379,7 @@ from PIL import Image, ImageDraw
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from vae import UserError, check_entries, load_weights, read_released_tokenizer, reading, require, torch_load
 from vf_loss import Classifier, train_classifier
@@ -408,67 +412,14 @@ def build(s, images, world, resumed):
             load_weights(run.parts()[name], ours[name], s.init)
     return run
 
-def accumulated_step(run, x, noise, batch):
-    """train_step in s.accumulate parts, the activations of one part at a time in memory. A discriminator's
-    BatchNorm sees a part; all else equals train_step, since Eq. 4 gets the gradients of the whole batch: a
-    first pass averages those of the parts, a second one backpropagates with the weights that follow."""
-    s, vae, n = run.settings, run.tokenizer.vae, run.settings.accumulate
-    parts = list(zip(x.chunk(n), noise.chunk(n)))
-    layers = {"g": vae.decoder.conv_out.weight, "vf": vae.encoder.conv_out.weight}
-    factors = {"g": (s.disc_weight, 1e4), "vf": (s.vf_weight, 1e8)}
-    terms, grads, weights = {}, {}, {"rec": 1.0, "kl": s.kl_weight}
-    for part in parts:
-        with alone(run.ddp):
-            losses, _ = part_losses(run, *part, batch)
-        for name in losses.keys() & layers.keys():
-            for loss in ("rec", name):
-                grad, = torch.autograd.grad(losses[loss], layers[name], retain_graph=True)
-                grads[name, loss] = grads.get((name, loss), 0.0) + grad / n
-    for name in losses.keys() & layers.keys():
-        factor, most = factors[name]
-        # a loss whose gradient is the mean one: layer * gradient
-        rec, other = ((layers[name] * grads[name, loss]).sum() for loss in ("rec", name))
-        weights[name] = factor * adaptive_weight(rec, other, layers[name], most)
-    active = run.optimizers if "g" in weights else run.optimizers[:1]
-    for optimizer in active:
-        optimizer.zero_grad(set_to_none=True)
-    for i, part in enumerate(parts):  # processes exchange gradients with the last part only
-        with alone(run.ddp, i < n - 1):
-            losses, x_hat = part_losses(run, *part, batch)
-            sum(weights[name] * losses[name] / n for name in weights).backward()
-        if "g" in weights:
-            run.disc.requires_grad_(True)
-            with alone(run.ddp_disc, i < n - 1):
-                losses["d"] = hinge_discriminator(run.ddp_disc(part[0]), run.ddp_disc(x_hat.detach()))
-                (losses["d"] / n).backward()
-        for name, value in losses.items():
-            terms[name] = terms.get(name, 0.0) + value.detach() / n
-    for optimizer in active:
-        optimizer.step()
-    named = {"g": "w_disc", "vf": "w_vf"}
-    return terms | {named[name]: weights[name] for name in named.keys() & weights.keys()}
-
-def part_losses(run, x, noise, batch):
-    """A part of a batch -> the losses that train_step writes out, {name: scalar with graph}, and x_hat."""
-    s = run.settings
-    with autocast(x, s.precision == "bf16"):
-        x_hat, z, posterior, z_proj = run.ddp(x, noise)
-    x_hat = x_hat.float()
-    losses = {"rec": reconstruction_loss(x, x_hat, run.lpips, s.lpips_weight),
-              "kl": posterior.kl().sum() / len(x), "l1": (x - x_hat).abs().mean()}
-    if run.disc is not None and batch >= s.disc_start:
-        run.disc.requires_grad_(False)
-        losses["g"] = hinge_generator(run.disc(x_hat))
-    if z_proj is not None:
-        f = run.foundation(x, z.shape[-2:])
-        losses["mcos"], losses["mdms"] = vf_loss(z_proj, f, s.cos_margin, s.mdms_margin, s.mcos, s.mdms)
-        losses["vf"] = losses["mcos"] + losses["mdms"]
-    return losses, x_hat
-
-def alone(net, really=True):
-    """Context in which DistributedDataParallel exchanges no gradients."""
-    parallel = really and isinstance(net, DistributedDataParallel)
-    return net.no_sync() if parallel else contextlib.nullcontext()
+def in_parts(forward, n):
+    """A network's forward pass over its batch in n parts, each computed again in the backward pass: autograd
+    keeps what goes in and comes out, and the activations of one part at a time. A BatchNorm sees a part; all
+    else, and so train_step, is the same for any n."""
+    def call(*batches):
+        parts = zip(*(batch.chunk(n) for batch in batches))
+        return torch.cat([checkpoint(forward, *part, use_reentrant=False) for part in parts])
+    return call
 
 def stand_in(s, images, f, device, resumed):
     """The foundation model of --vf mini: a Classifier trained on the spot, or empty for a resumed run, whose
@@ -490,11 +441,12 @@ def stand_in(s, images, f, device, resumed):
 def save_reconstructions(vae, images, path, device, n=8):
     """Rows of test images, the reconstructions of the posterior's mode below each -> their PSNR in dB."""
     n = min(n, len(images))
-    count = 2 * n if len(images) >= 2 * n else n  # whole rows only
+    count = n * min(2, len(images) // n)  # whole rows only
     x = torch.stack([to_float(images[i]) for i in torch.linspace(0, len(images) - 1, count).long().tolist()])
-    x_hat = [vae.decode(vae.encode(part.to(device)).mode()).clamp(-1, 1).cpu() for part in x.split(4)]
-    x_hat = torch.cat(x_hat)
-    save_grid(torch.stack([x.unflatten(0, (-1, n)), x_hat.unflatten(0, (-1, n))], 1).flatten(0, 2), path, n)
+    x_hat = torch.cat([vae.decode(vae.encode(part.to(device)).mode()).cpu() for part in x.split(4)])
+    x_hat = x_hat.clamp(-1, 1)
+    rows = torch.stack([x.unflatten(0, (-1, n)), x_hat.unflatten(0, (-1, n))], dim=1)  # (rows, 2, n, ...)
+    save_grid(rows.flatten(0, 2), path, n)
     return (10 * torch.log10(4 / ((x - x_hat) ** 2).mean((1, 2, 3)))).mean().item()
 
 # --- Flags and errors ------------------------------------------------------------------------------
@@ -513,35 +465,27 @@ def flag(name):
 
 def help_texts(cls):
     """{setting: the comment beside it or below it}: --help says what a reader of the source sees."""
-    texts, name = {}, ""
-    for line in inspect.getsource(cls).splitlines():
-        comment = line.partition("# ")[2]
-        if declared := re.match(r"    (\w+): ", line):
-            name = declared[1]
-            texts[name] = comment
-        elif name and line.startswith("     "):
-            texts[name] = f"{texts[name]} {comment}".strip()
-    return texts
+    found = re.findall(r"^    (\w+): [^#]*(# .*(?:\n {8}# .*)*)", inspect.getsource(cls), re.MULTILINE)
+    return {name: " ".join(text.replace("#", " ").split()) for name, text in found}
 
 def parse_settings(cls, presets, doc, argv=None):
     """argv -> a Settings: the class's values, under the preset's, under the flags. --image-size for
     image_size, --mcos / --no-mcos for a bool. UserError on unknown flags and on values out of range."""
     first = Parser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", default="mini", choices=tuple(presets))
-    values = {"preset": "mini"} | presets[first.parse_known_args(argv)[0].preset]
+    settings = cls(**{"preset": "mini"} | presets[first.parse_known_args(argv)[0].preset])
     parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     texts = help_texts(cls)
     for setting in fields(cls):
         name, kind = setting.name, type(setting.default)
-        default = values.pop(name, setting.default)
         choices = tuple(presets) if name == "preset" else setting.metadata.get("choices")
         options = {"type": kind, "choices": choices, "metavar": kind.__name__.upper()}
         if kind is bool:
             options = {"action": argparse.BooleanOptionalAction}
-        text = texts[name].replace("%", "%%") + (f": {', '.join(choices)}" if choices else "")
-        parser.add_argument(flag(name), default=default, help=f"{text} (default: {default!r})", **options)
-    assert not values, f"the preset sets unknown settings: {sorted(values)}"
-    settings = cls(**vars(parser.parse_args(argv)))
+        text = texts[name] + (f": {', '.join(choices)}" if choices else "")
+        text = f"{text} (default: {getattr(settings, name)!r})".replace("%", "%%")
+        parser.add_argument(flag(name), help=text, **options)
+    parser.parse_args(argv, settings)
     for setting in fields(cls):
         value = getattr(settings, setting.name)
         interval = setting.metadata.get("valid", "[0, inf)")
@@ -560,15 +504,13 @@ def run_script(cls, presets, doc, work):
             settings.compile = False  # a CPU compiles only when asked
         work(settings, World(settings.device))
         status = 0
-    except UserError as error:
-        message, status = one_line(error), error.status
     except KeyboardInterrupt:
         message, status = "interrupted", 128 + signal.SIGINT
     except OSError as error:
         reason = error.strerror or one_line(error)
         message = f"{error.filename or 'a file'} cannot be read or written: {reason}"
-    except ValueError as error:  # of the networks: a size that does not fit
-        message = one_line(error)
+    except (UserError, ValueError) as error:  # ValueError: of the networks, a size that does not fit
+        message, status = one_line(error), getattr(error, "status", 1)
     except (RuntimeError, MemoryError) as error:
         message = one_line(error)
         if isinstance(error, dist.DistError) or "gloo" in message.lower():
@@ -580,9 +522,9 @@ def run_script(cls, presets, doc, work):
             raise
     if message:
         print(f"{Path(sys.argv[0]).name}: {'error: ' * (status == 1)}{message}", file=sys.stderr, flush=True)
-    if status and dist.is_initialized():
-        os._exit(status)  # the others may wait in a collective: leaving politely would wait with them
     if dist.is_initialized():
+        if status:
+            os._exit(status)  # the others may wait in a collective: leaving politely would wait with them
         dist.destroy_process_group()
     sys.exit(status)
 
@@ -597,28 +539,25 @@ class World:
     join a group, NCCL on CUDA and gloo on CPU."""
 
     def __init__(self, device="cpu"):
-        cuda = torch.cuda.is_available()
-        require(device != "cuda" or cuda, "--device cuda: there is no CUDA GPU here; use --device cpu")
+        cuda = torch.cuda.is_available() and device != "cpu"
+        require(cuda or device != "cuda", "--device cuda: there is no CUDA GPU here; use --device cpu")
         self.rank = environment_number("RANK", "0")
         self.size = environment_number("WORLD_SIZE", "1")
         self.local = environment_number("LOCAL_RANK", "0")
         require(self.rank < self.size, f"RANK={self.rank} is not below WORLD_SIZE={self.size}; use torchrun")
-        alone = "WORLD_SIZE" in os.environ or os.environ.get("SLURM_STEP_NUM_TASKS", "1") == "1"
-        require(alone, "srun started several processes that do not know of each other: start one a node, and "
-                "let it run torchrun (see README)")
-        self.device = torch.device("cpu")
-        if cuda and device != "cpu":
-            self.device = torch.device("cuda", self.local)
+        require("WORLD_SIZE" in os.environ or os.environ.get("SLURM_STEP_NUM_TASKS", "1") == "1",
+                "srun started processes that do not know of each other: one torchrun a node (see README)")
+        self.device = torch.device("cuda", self.local) if cuda else torch.device("cpu")
+        if cuda:
             torch.cuda.set_device(self.device)
             # fp32 means TF32 on CUDA, as in the authors' code
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
             torch.backends.cudnn.benchmark = True
         if self.size > 1:
             where = f"{os.environ.get('MASTER_ADDR')}:{environment_number('MASTER_PORT', '')}"
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # or Ctrl-C would wait, too
             self.print(f"waiting up to ten minutes for all {self.size} processes at {where}")
-            backend = "nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(minutes=10))
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # or Ctrl-C would wait, too
+            dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=10))
             signal.signal(signal.SIGINT, signal.default_int_handler)
             # for waits longer than a collective's ten minutes, and for flags that no GPU should wait for
             self.patient = dist.new_group(backend="gloo", timeout=timedelta(hours=6))
@@ -669,8 +608,7 @@ class Stop:
     """SIGTERM and Ctrl-C ask to stop: the step is finished and saved. A second Ctrl-C kills."""
 
     def __init__(self, world):
-        self.world = world
-        self.asked = 0  # the signal's number
+        self.world, self.asked = world, 0  # the signal's number
         signal.signal(signal.SIGTERM, self.ask)
         signal.signal(signal.SIGINT, self.ask)
 
@@ -714,22 +652,15 @@ def atomic_write(path, write):
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")  # what a kill leaves behind, the next write takes
     try:
-        with naming(path), open(temporary, "wb") as file:
+        with open(temporary, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-            os.replace(temporary, path)
-    except BaseException:
+        os.replace(temporary, path)
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
-        raise
-
-@contextlib.contextmanager
-def naming(path):
-    """Errors of writing, such as those of a full disk, do not say by themselves which file it was."""
-    try:
-        yield
-    except OSError as error:
-        error.filename = str(path)
+        if isinstance(error, OSError):
+            error.filename = str(path)  # a full disk's error names no file
         raise
 
 def locked(path):
@@ -772,22 +703,18 @@ def resume(path, stage, settings):
         return None
     state = load_checkpoint(path, stage, "remove it, or start over with --fresh")
     check_entries(state, path, "step", "total_steps", "settings", "identity")
-    changed = []
-    for setting in fields(settings):
-        now = getattr(settings, setting.name)
-        then = state["settings"].get(setting.name, setting.default)  # younger than the file: its default
-        if setting.metadata.get("same", True) and then != now:
-            changed.append(f"{flag(setting.name)} {now!r} (checkpoint: {then!r})")
+    same = [setting for setting in fields(settings) if setting.metadata.get("same", True)]
+    # a setting that is younger than the file had its default
+    pairs = {s.name: (getattr(settings, s.name), state["settings"].get(s.name, s.default)) for s in same}
+    changed = [f"{flag(name)} {now!r} (checkpoint: {then!r})" for name, (now, then) in pairs.items()
+               if now != then]
     require(not changed, f"{path} was made with other settings: {', '.join(changed)}; use those, another "
             "--out, or --fresh to start over")
     return state
 
 def load_optimizer(optimizer, state, path):
-    """Restore an optimizer, also on another kind of device: fused as this one wants it, moments in the memory
-    layout of their weights."""
+    """Restore an optimizer, also on another kind of device: moments in the memory layout of their weights."""
     with reading(path):
-        for group, own in zip(state["param_groups"], optimizer.param_groups):
-            group["fused"] = own["fused"]
         optimizer.load_state_dict(state)
         for weight, moments in optimizer.state.items():
             for name in ("exp_avg", "exp_avg_sq"):
@@ -802,23 +729,22 @@ class Log:
         self.path, self.world, self.batch_size = Path(path), world, batch_size
         self.bad = {}  # term -> the first step at which it was not finite, kept on the device
         self.then = (time.time(), step)
-        text = self.path.read_text(errors="replace") if self.path.exists() else ""
-        lines = re.sub(r"(?<=\n)[\d,.e+-]+\Z", "", text).splitlines()  # without half a line of a full disk
-        self.header = lines[0].split(",") if lines and step else []
         self.board = None
-        whole = all(re.fullmatch(r"(step|\d+),[\w,.+-]*", line) for line in lines)
-        whole = whole and (not lines or lines[0][0] == "s")
+        if world.rank > 0:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = locked(self.path)  # two runs in one folder would mix their files
+        text = os.pread(self.file, os.fstat(self.file).st_size, 0)
+        # a full disk leaves half a line
+        whole = re.fullmatch(rb"(step,[\w,.]*(\n\d+,[\w,.+-]*)*(\n[\d,.e+-]*)?)?", text)
         require(whole, f"{path} is damaged, or not this script's: move it away to go on")
-        if world.rank == 0:  # lines after the checkpoint will be written again
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            old = locked(self.path)
-            kept = [line for line in lines if step and (line[0] == "s" or int(line.split(",")[0]) <= step)]
-            atomic_write(self.path, lambda file: file.write("".join(f"{line}\n" for line in kept).encode()))
-            self.lock = locked(self.path)  # two runs in one folder would mix their files
-            os.close(old)
-            with contextlib.suppress(ImportError):
-                from torch.utils.tensorboard import SummaryWriter
-                self.board = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=step)
+        lines = [line for line in text.splitlines(keepends=True) if step and line.endswith(b"\n")]
+        kept = [line for line in lines if line[:1] == b"s" or int(line.split(b",")[0]) <= step]
+        os.truncate(self.file, sum(map(len, kept)))  # lines after the checkpoint will be written again
+        self.header = kept[0].decode().strip().split(",") if kept else []
+        with contextlib.suppress(ImportError):
+            from torch.utils.tensorboard import SummaryWriter
+            self.board = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=step)
 
     def watch(self, step, terms):
         """Remember the first step at which a term is not finite. On the device: nothing waits."""
@@ -848,64 +774,62 @@ class Log:
             self.header = self.header or ["step", *values]
             row = [values.get(name, math.nan) for name in self.header[1:]]
             cells = ["" if math.isnan(value) else f"{value:.6g}" for value in row]  # empty: not measured
-            with naming(self.path):   # opening the file again would end the lock when it is closed
-                os.write(self.lock, (text + ",".join([str(step), *cells]) + "\n").encode())
+            with reading(self.path):  # through the one descriptor: closing another would end the lock
+                os.write(self.file, (text + ",".join([str(step), *cells]) + "\n").encode())
             for name in values if self.board else ():
                 self.board.add_scalar(name, values[name], step)
         return values
 
 class DiskArrays:
     """Arrays (n, *shape) in folder/NAME.npy that several processes fill chunk by chunk, and a killed run goes
-    on filling. arrays: {name: (shape of a row, dtype)}; key: what must be equal to go on.
-    Plain seek and write, fsync, then the chunk's mark: no shared memory map, whose pages two nodes on NFS can
-    lose, and on which a full disk is a SIGBUS. The lock dies with its process."""
+    on filling. arrays: {name: (shape of a row, dtype)}; key: what must be equal to go on."""
 
     def __init__(self, folder, n, chunk, arrays, key, world, fresh=False):
         self.folder, self.world, self.chunk = Path(folder), world, chunk
         self.chunks = [(start, min(start + chunk, n)) for start in range(0, n, chunk)]
-        self.note = self.folder / "filling.json"
+        self.note, self.marks = self.folder / "filling.json", self.folder / "marks"
         if world.rank == 0:
             self.prepare(n, arrays, json.loads(json.dumps({"n": n, "chunk": chunk} | key)), fresh)
         world.barrier()
 
     def prepare(self, n, arrays, key, fresh):
-        files = {name: self.folder / f"{name}.npy" for name in arrays}
-        for path in files.values():
-            ours = self.note.exists() or not path.exists()
-            require(ours, f"{path} is there already and not this run's: use another folder")
+        """The note of what this folder is for, the empty arrays, the marks, in this order: a kill may come
+        between any two. UserError if the folder is another's, in use, or damaged."""
+        for name in arrays:
+            path = self.folder / f"{name}.npy"
+            require(self.note.exists() or not path.exists(),
+                    f"{path} is there already and not this run's: use another folder")
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock = locked(self.folder / "lock")
+        self.lock = locked(self.folder / "lock")  # until the process ends
         if self.note.exists() and not fresh:
             made = read_json(self.note)
             other = [f"{k} {made.get(k)!r} (now {key[k]!r})" for k in key if made.get(k) != key[k]]
             require(not other, f"{self.folder} was begun with other settings: {', '.join(other)}; repeat "
                     "those, remove the folder, or (samples) start over with --fresh")
-            if (self.folder / "marks").exists():
+            if self.marks.exists():
                 made = [(self.array(name).shape, self.array(name).dtype) for name in arrays]
                 whole = made == [((n, *shape), dtype) for shape, dtype in arrays.values()]
-                whole = whole and (self.folder / "marks").stat().st_size == len(self.chunks)
+                whole = whole and self.marks.stat().st_size == len(self.chunks)
                 return require(whole, f"{self.folder} is damaged: remove it")
-        (self.folder / "marks").unlink(missing_ok=True)  # else a kill now would leave the old ones
+        self.marks.unlink(missing_ok=True)  # else a kill now would leave the old ones
         write_json(self.note, key)
         for name, (shape, dtype) in arrays.items():
-            with naming(files[name]), open(files[name], "wb") as file:  # a full disk is found out now
-                header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (n, *shape)}
-                np.lib.format.write_array_header_1_0(file, header)
-                file.flush()
-                size = n * math.prod(shape) * np.dtype(dtype).itemsize
-                os.posix_fallocate(file.fileno(), 0, file.tell() + size)
-        atomic_write(self.folder / "marks", lambda file: file.write(bytes(len(self.chunks))))
+            path = self.folder / f"{name}.npy"
+            with reading(path):
+                np.lib.format.open_memmap(path, "w+", dtype, (n, *shape))
+                with open(path, "r+b") as file:  # a full disk is found out now
+                    os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        atomic_write(self.marks, lambda file: file.write(bytes(len(self.chunks))))
 
     def missing(self):
         """This process's chunks (start, stop) that are not done: chunk k is process k mod size's."""
-        done = (self.folder / "marks").read_bytes()
+        marks = self.marks.read_bytes()
         mine = range(self.world.rank, len(self.chunks), self.world.size)
-        return [self.chunks[k] for k in mine if not done[k]]
+        return [self.chunks[k] for k in mine if not marks[k]]
 
     def count(self):
         """Rows that all processes together have done."""
-        done = (self.folder / "marks").read_bytes()
-        return sum(stop - start for (start, stop), mark in zip(self.chunks, done) if mark)
+        return sum(stop - start for (start, stop), mark in zip(self.chunks, self.marks.read_bytes()) if mark)
 
     def write(self, start, **rows):
         """The chunk from row `start` of every array: its data is on the disk before its mark."""
@@ -916,7 +840,9 @@ class DiskArrays:
         self.put("marks", start // self.chunk, b"\1")
 
     def put(self, name, offset, data):
-        with naming(self.folder / name), open(self.folder / name, "r+b") as file:
+        """Bytes into a file, onto the disk. No shared memory map: two nodes on NFS can lose its pages, and on
+        a full disk it is a SIGBUS."""
+        with reading(self.folder / name), open(self.folder / name, "r+b") as file:
             file.seek(offset)
             file.write(data)
             file.flush()
@@ -966,23 +892,22 @@ def center_crop(image, size, where=None):
     large, bicubic to the exact short side, cut out the middle."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
-    image = resize_short(image, size, Image.BICUBIC)
-    return cut(image, size, (image.height - size) // 2, (image.width - size) // 2)
+    return square(image, size, Image.BICUBIC)
 
-def random_crop(image, size, where=(0.5, 0.5)):
+def random_crop(image, size, where):
     """The authors' crop for training, (3, size, size): bilinear to the exact short side, then the square at
     `where` (top, left), two uniform numbers in [0, 1)."""
-    image = resize_short(image, size, Image.BILINEAR)
-    top = int(where[0] * (image.height - size + 1))
-    return cut(image, size, top, int(where[1] * (image.width - size + 1)))
+    return square(image, size, Image.BILINEAR, where)
 
-def resize_short(image, size, method):
+def square(image, size, method, where=None):
+    """A PIL image, resized to the exact short side -> the square in its middle, or at `where`."""
     scale = size / min(image.size)
-    return image.resize((round(image.width * scale), round(image.height * scale)), method)
-
-def cut(image, size, top, left):
-    image = np.array(image.crop((left, top, left + size, top + size)))
-    return torch.from_numpy(image).permute(2, 0, 1)  # (3, size, size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), method)
+    top, left = (image.height - size) // 2, (image.width - size) // 2
+    if where:
+        top, left = int(where[0] * (image.height - size + 1)), int(where[1] * (image.width - size + 1))
+    image = image.crop((left, top, left + size, top + size))
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3, size, size)
 
 def outline(n, inner=1.0, radius=1.0, y=0.0):
     """(2n, 2) points around (0, y), radius and radius * inner in turn, the first at the top: n = 5 with inner
@@ -1047,7 +972,8 @@ class Images(Dataset):
             pairs = getattr(self.source, "_samples", ())  # Imagenette's, which keeps no targets
             labels, names = [label for _, label in pairs] or self.source.targets, (data, split)
         else:
-            self.source, labels, self.classes = list_folder(Path(data), split)
+            pairs, self.classes = list_folder(Path(data), split)
+            self.source, labels = zip(*pairs)
             names = [str(path.relative_to(data)) for path in self.source]
         self.labels = torch.as_tensor(labels)
         self.identity = hashlib.sha256(repr((self.classes, names)).encode()).hexdigest()[:16]
@@ -1055,7 +981,10 @@ class Images(Dataset):
     def __len__(self):
         return len(self.labels)
 
-    def load(self, i, where=None):
+    def __getitem__(self, i):
+        return self.load(i)
+
+    def load(self, i, where=(0.5, 0.5)):
         """Image i; where (top, left): for a random crop."""
         item = self.source[i]
         if self.data == "shapes":
@@ -1065,9 +994,6 @@ class Images(Dataset):
         else:
             item = open_image(item)
         return self.crop(item, self.size, where)
-
-    def __getitem__(self, i):
-        return self.load(i, (0.5, 0.5))
 
 def open_image(path):
     """A file -> an RGB PIL image. UserError names a file that cannot be read."""
@@ -1081,43 +1007,39 @@ def open_image(path):
 
 def torchvision_set(data, split):
     """One of torchvision's sets in ./data, downloaded if it is not there."""
-    arguments = {"train": split == "train"}
+    which = {"train": split == "train"}
     if data == "imagenette":
-        arguments = {"split": "train" if split == "train" else "val", "size": "320px"}
+        which = {"split": "train" if split == "train" else "val", "size": "320px"}
     for download in (False, True):
         try:
-            return TORCHVISION[data]("data", download=download, **arguments)
+            return TORCHVISION[data]("data", download=download, **which)
         except (OSError, RuntimeError) as error:  # not there, or no network
             reason = str(error).splitlines()[0]
     raise UserError(f"--data {data} is not in ./data and cannot be downloaded: {reason}")
 
 def list_folder(folder, split):
-    """DIR/<class>/**/image, or DIR/train and DIR/val -> (files, labels, classes); the training images' class
-    list counts for both. Without a split of its own, every tenth image is a test image."""
+    """DIR/<class>/**/image, or DIR/train and DIR/val -> ([(file, label)], classes): the classes of the
+    training images for both. Without a split of its own, every tenth image is a test image."""
     require(folder.is_dir(), f"--data {folder} is neither a folder nor shapes, {', '.join(TORCHVISION)}")
     train = folder / "train" if (folder / "train").is_dir() else folder
     classes = sorted(entry.name for entry in train.iterdir() if entry.is_dir())
-    root = train
+    root, pairs = train, []
     if split == "test" and train != folder:
         names = [name for name in ("val", "test", "validation") if (folder / name).is_dir()]
         require(names, f"{folder} has a folder train but none of val, test, validation")
         root = folder / names[0]
         unknown = sorted({entry.name for entry in root.iterdir() if entry.is_dir()} - set(classes))
         require(not unknown, f"{root} has classes that {train} lacks: {', '.join(unknown[:3])}")
-    files, labels = [], []
     for label, name in enumerate(classes):
-        kinds = torchvision.datasets.folder.IMG_EXTENSIONS
         loop = (root / name).resolve() in [root.resolve(), *root.resolve().parents]
         require(not loop, f"the class folder {root / name} is a link to a folder that it stands in")
-        found = sorted(path for path in (root / name).rglob("*") if path.suffix.lower() in kinds)
+        found = sorted(path for path in (root / name).rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
         require(found or root != train, f"the class folder {root / name} holds no images")
-        files += found
-        labels += [label] * len(found)
+        pairs += [(path, label) for path in found]
     if train == folder:
-        chosen = [i for i in range(len(files)) if (i % 10 == 9) == (split == "test")]
-        files, labels = [files[i] for i in chosen], [labels[i] for i in chosen]
-    require(files, f"--data {folder} has too few images in class folders to split (10 or more)")
-    return files, labels, classes
+        pairs = [pair for i, pair in enumerate(pairs) if (i % 10 == 9) == (split == "test")]
+    require(pairs, f"--data {folder} has too few images in class folders to split (10 or more)")
+    return pairs, classes
 
 @lru_cache(maxsize=2)
 def epoch_order(n, seed, epoch):
@@ -1126,14 +1048,9 @@ def epoch_order(n, seed, epoch):
 def batch_indices(n, batch_size, step, seed):
     """Indices (batch_size,) of training step `step`, from 0: within an epoch none twice and none lost.
     The epochs' orders stand one behind the other and are cut into batches: a function of (seed, step)."""
-    first, parts = step * batch_size, []
-    while batch_size:
-        epoch, position = divmod(first, n)
-        part = epoch_order(n, seed, epoch)[position:position + batch_size]
-        parts.append(part)
-        first += len(part)
-        batch_size -= len(part)
-    return torch.cat(parts)
+    place = torch.arange(step * batch_size, (step + 1) * batch_size)
+    epochs = range(int(place[0]) // n, int(place[-1]) // n + 1)
+    return torch.cat([epoch_order(n, seed, epoch)[place[place // n == epoch] % n] for epoch in epochs])
 
 class ImageBatches(Dataset):
     """[step] -> this process's share of the step's images, uint8 (b, 3, S, S), cropped and mirrored."""
@@ -1145,8 +1062,8 @@ class ImageBatches(Dataset):
         s = self.settings
         index = batch_indices(len(self.images), s.batch_size, step, s.seed)[self.share]
         # three uniform numbers an image: mirrored or not, top and left of the crop
-        chance = step_generator("cpu", s.seed, "crop", step)
-        chance = torch.rand(s.batch_size, 3, generator=chance)[self.share]
+        generator = step_generator("cpu", s.seed, "crop", step)
+        chance = torch.rand(s.batch_size, 3, generator=generator)[self.share]
         x = torch.stack([self.images.load(i, c[1:]) for i, c in zip(index.tolist(), chance.tolist())])
         if s.flip:
             x = torch.where(chance[:, :1, None, None] < 0.5, x.flip(3), x)

@@ -137,12 +137,11 @@ def tokenizer(flags):
     b = share.stop - share.start
     x = torch.rand(b, 3, s.image_size, s.image_size, device=world.device) * 2 - 1
     noise = torch.randn(b, SPECS[s.spec]["embed_dim"], grid, grid, device=world.device)
-    step = train_vae.train_step if s.accumulate == 1 else train_vae.accumulated_step
     seconds = {}
     for vf in ("none", "VF loss"):
         teacher = DINOv2Shaped(grid).to(world.device) if vf != "none" else None
         run = train_vae.Run(s, world, teacher, pretrained=False)
-        seconds[vf], memory = median_step(step, (run, x, noise, 0), own.repeat, world, vf)
+        seconds[vf], memory = median_step(train_vae.train_step, (run, x, noise, 0), own.repeat, world, vf)
         if world.rank == 0:
             print(f"{vf:8s} {1e3 * seconds[vf]:9.1f} ms a step, {s.batch_size / seconds[vf]:8.1f} images/s, "
                   f"peak memory {memory:.2f} GiB")

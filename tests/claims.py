@@ -179,7 +179,7 @@ def score(out, data, dit, vae, seed, home, *flags):
 def study(out, rows, datas, seeds, jobs, other=None):
     """Many rows, `jobs` at once, each in a process of its own with its share of the cores."""
     threads = max(1, (os.cpu_count() or 1) // jobs)
-    env = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+    env = {**os.environ, "OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": "1000"}
     running, stopped = [], []
 
     def stop(*_):

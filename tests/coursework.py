@@ -2540,8 +2540,6 @@ EXPERIMENTS = [Experiment(*map(inspect.cleandoc, texts[:3]), texts[3], *map(insp
 
 
 # === Handouts ==========================================================================================
-# Plumbing that repeats an exercise's solution: its body goes, too, if the exercise is set.
-ALSO_HIDDEN = {"step": ("part_losses", "accumulated_step")}
 SELF = Path(__file__).read_text()
 FUNCTIONS = {n.name: n for n in ast.parse(SELF).body if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
 for definition in FUNCTIONS.values():
@@ -2607,10 +2605,6 @@ def stubbed(file, keys, folder=ROOT):
         if e.file == file:
             gone = ["# YOUR CODE HERE", f'raise NotImplementedError("{e.title}, see ASSIGNMENT.md")']
             source = replace_body(source, e.name, gone)
-            for name in ALSO_HIDDEN.get(e.key, ()):
-                if find(ast.parse(source), name):
-                    why = f"left out: it would give exercise {e.number} away"
-                    source = replace_body(source, name, [f'raise NotImplementedError("{why}")'])
     return source
 
 
