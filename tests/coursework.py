@@ -11,8 +11,23 @@ student's own tests, so it holds literal numbers and never a solution. Points of
 its checks'. To add an exercise: call exercise(), write two or more @check functions, and three wrong answers
 and a right one in tests/test_coursework.py.
 
+Each exercise is marked among the reference's other functions, so a mistake costs once; any right solution
+passes; marks are partial and say why. Name the set when marks count: else `grade` believes the folder's
+exercises.txt.
+
 Grading runs students' code: in a process of its own, with limits on time, memory and file size, in a
-temporary copy of the scripts. That keeps accidents apart. It is no sandbox: see the README, In a course.
+temporary copy of the scripts. That keeps accidents apart. It is no sandbox; this is one:
+
+    docker run --rm --network none -v "$PWD":/repo:ro -v "$PWD/in":/in:ro IMAGE \\
+        sh -c 'python /repo/tests/coursework.py grade /in/* --set 2'
+
+Gradescope takes a zip of this repository as `repo/` and of two files, setup.sh and run_autograder:
+
+    pip install -r /autograder/source/repo/requirements.txt
+
+    #!/bin/sh
+    python3 /autograder/source/repo/tests/coursework.py grade /autograder/submission --set 2 \\
+        --json /autograder/results/results.json
 """
 import argparse
 import ast
