@@ -17,21 +17,14 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from vae import require, torch_load
+from vae import reading, torch_load
 
 # XL, L, B are DiT's: "our model's other architectural parameters are consistent with those of DiT" [Sec.
 # 5.1]. 1.0B and 1.6B [Fig. 4c]: the authors' code. The mini ones are ours, for two CPU cores.
-SIZES = {
-    "B": {"depth": 12, "hidden_size": 768, "num_heads": 12},
-    "L": {"depth": 24, "hidden_size": 1024, "num_heads": 16},
-    "XL": {"depth": 28, "hidden_size": 1152, "num_heads": 16},
-    "1.0B": {"depth": 24, "hidden_size": 1536, "num_heads": 24},
-    "1.6B": {"depth": 28, "hidden_size": 1792, "num_heads": 28},
-    "mini-XS": {"depth": 3, "hidden_size": 64, "num_heads": 2},
-    "mini-S": {"depth": 4, "hidden_size": 128, "num_heads": 4},
-    "mini": {"depth": 6, "hidden_size": 192, "num_heads": 6},
-    "mini-L": {"depth": 8, "hidden_size": 320, "num_heads": 10},
-}
+SIZES = {name: {"depth": depth, "hidden_size": width, "num_heads": heads} for name, (depth, width, heads) in {
+    "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16),
+    "1.0B": (24, 1536, 24), "1.6B": (28, 1792, 28),
+    "mini-XS": (3, 64, 2), "mini-S": (4, 128, 4), "mini": (6, 192, 6), "mini-L": (8, 320, 10)}.items()}
 
 class SwiGLU(nn.Module):
     """(B, N, D) -> (B, N, D) [Table 1, + SwiGLU FFN]. w1 and w2 are one matrix, w12."""
@@ -44,14 +37,10 @@ class SwiGLU(nn.Module):
         # w3(silu(w1 x) * w2 x): one half of the channels opens and closes the other
         return self.w3(F.silu(x1) * x2)  # (B, N, D)
 
-class Mlp(nn.Module):
+def mlp(width, hidden):
     """(B, N, D) -> (B, N, D): DiT's feed-forward network, GELU in its tanh form."""
-    def __init__(self, width, hidden):
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+    fc1, fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+    return nn.Sequential(OrderedDict(fc1=fc1, gelu=nn.GELU(approximate="tanh"), fc2=fc2))
 
 class RMSNorm(nn.Module):
     """(..., width) -> (..., width) [Table 1, + RMS Norm]: unlike LayerNorm it takes no mean away."""
@@ -126,7 +115,7 @@ class Block(nn.Module):
         self.attn = Attention(width, num_heads, use_qknorm, use_rmsnorm)
         # 2/3: SwiGLU has three matrices where the MLP has two, so the number of weights stays
         hidden = int(width * mlp_ratio)
-        self.mlp = SwiGLU(width, int(2 / 3 * hidden)) if use_swiglu else Mlp(width, hidden)
+        self.mlp = SwiGLU(width, int(2 / 3 * hidden)) if use_swiglu else mlp(width, hidden)
         self.parts = 4 if wo_shift else 6
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, self.parts * width))
 
@@ -259,11 +248,8 @@ class LightningDiT(nn.Module):
 def read_released_dit(path):
     """state_dict of the authors' checkpoint or of ours: `ema`, else `model`, else the file itself.
     module. and _orig_mod., which DistributedDataParallel and torch.compile put in front of the names, are
-    removed. UserError if the file holds no tensors by name."""
+    removed. UserError if the file holds nothing by name; load_weights sees whether it is LightningDiT's."""
     state = torch_load(path)
-    if isinstance(state, dict) and isinstance(state.get("ema", state.get("model")), dict):
-        state = state.get("ema", state.get("model"))
-    named = isinstance(state, dict) and all(isinstance(k, str) for k in state)
-    require(named and all(torch.is_tensor(v) for v in state.values()),
-            f"{path} holds no LightningDiT weights: neither ema nor model nor tensors by name")
-    return {k.removeprefix("module.").removeprefix("_orig_mod."): v for k, v in state.items()}
+    with reading(path):
+        weights = state.get("ema", state.get("model", state))
+        return {k.removeprefix("module.").removeprefix("_orig_mod."): v for k, v in weights.items()}

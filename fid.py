@@ -42,8 +42,7 @@ class Settings:
     vae: str = ""  # tokenizer whose reconstructions are scored; default OUT/vae.pt
     unfinished: bool = False  # take a tokenizer whose training has not ended
     samples: str = ""  # images to score: a folder, an .npz batch or a run; default OUT/samples.npz
-    reference: str = ""
-        # what samples are compared with: one of the same, or ADM's reference .npz; default: training images
+    reference: str = ""  # what they are compared with: the same, or ADM's .npz; default: training images
     data: str = ""  # data set whose test images are reconstructed; default: the tokenizer's
     image_size: int = opt(0, "[0, 8192]")  # side of its images in pixels; 0: the tokenizer's
     # An FID falls as images are added: 50,000 in Table 3 and of validation images, 10,000 in Table 2
@@ -108,21 +107,15 @@ def precision_recall(reference, samples, k=3, block=2000):
     the count depends on no device. Blocks bound the memory to block * max(M, N) numbers."""
     reference, samples = torch.as_tensor(reference).double(), torch.as_tensor(samples).double()
 
-    def squared(a, b):
-        return ((a * a).sum(1)[:, None] + (b * b).sum(1) - 2 * a @ b.T).clamp_(min=0)  # (A, B)
+    def share(points, centres):
+        # of the k + 1 smallest distances in a set, the first is the feature's to itself
+        nearest = [torch.cdist(c, centres).topk(k + 1, largest=False).values for c in centres.split(block)]
+        radii = torch.cat(nearest)[:, k]  # (number of centres,)
+        inside = [(torch.cdist(p, centres) <= radii).any(1) for p in points.split(block)]
+        return torch.cat(inside).double().mean().item()
 
-    def radii(x):
-        # of the k + 1 smallest, the first is the feature itself
-        return torch.cat([squared(a, x).topk(k + 1, largest=False).values[:, k] for a in x.split(block)])
-
-    radii_reference, radii_samples = radii(reference), radii(samples)  # (M,), (N,)
-    precise, recalled = torch.zeros_like(radii_samples, dtype=torch.bool), []
-    for rows, radius in zip(reference.split(block), radii_reference.split(block)):
-        distance = squared(rows, samples)  # (block, N)
-        # precision: share of samples in any ball of a reference; recall: the other way round
-        precise |= (distance <= radius[:, None]).any(0)
-        recalled.append((distance <= radii_samples).any(1))
-    return precise.double().mean().item(), torch.cat(recalled).double().mean().item()
+    # precision: share of samples in any ball of a reference; recall: the other way round
+    return share(samples, reference), share(reference, samples)
 
 # --- Distances between two images ------------------------------------------------------------------
 def psnr(x, y, data_range=1.0):
@@ -134,12 +127,8 @@ def ssim(x, y, data_range=1.0):
     """Images (B, C, H, W), H and W >= 6, values spanning data_range -> structural similarity (B,), <= 1.
     Gaussian window of 11x11, sigma 1.5, K = (0.01, 0.03) [Wang et al. 2004]; mean over every pixel, edges
     reflected, as in torchmetrics, which the authors use."""
-    g = torch.exp(-torch.arange(-5, 6, device=x.device, dtype=x.dtype) ** 2 / (2 * 1.5 ** 2))
-    g = (g / g.sum()).view(1, 1, 1, 11)
-
     def blur(v):
-        v = F.pad(v, (5, 5, 5, 5), mode="reflect").flatten(0, 1)[:, None]  # (B C, 1, H + 10, W + 10)
-        return F.conv2d(F.conv2d(v, g), g.mT).view(x.shape)
+        return transform.gaussian_blur(v, 11, 1.5)
 
     mx, my = blur(x), blur(y)
     vx, vy, cov = blur(x * x) - mx * mx, blur(y * y) - my * my, blur(x * y) - mx * my
@@ -158,33 +147,42 @@ def density_measures(density):
     entropy = -(p * np.log(p)).sum() / np.log(N)
     return {"density cv": density.std() / density.mean(), "gini": gini, "normalized entropy": entropy}
 
-def uniformity(points, density=None):
+def uniformity(points):
     """Points (N, 2) -> the same of their Gaussian KDE. Scott's bandwidth, scipy's; the paper names none."""
-    return density_measures(gaussian_kde(points.T)(points.T) if density is None else density)
+    return density_measures(gaussian_kde(points.T)(points.T))
 
 # --- The network behind every FID -------------------------------------------------------------------
 class FIDInception(nn.Module):
-    """Inception of 2015, in whose features FID, sFID and IS are defined; inception_2015 below builds it.
-    .features: uint8 images (B, 3, H, W) -> pool (B, 2048), spatial (B, 2023), probs (B, 1008). input: "tf",
-    as published numbers were made, or "pytorch-fid"; for 256 -> 299 pixels every feature differs slightly."""
+    """Inception of 2015, in whose features FID, sFID and IS are defined, from pytorch-fid's file.
+    uint8 images (B, 3, H, W) -> pool (B, 2048), spatial (B, 2023), probs (B, 1008). input: "tf", as published
+    numbers were made, or "pytorch-fid"; for 256 -> 299 pixels every feature differs slightly."""
 
     def __init__(self, state_dict, input="tf", path="the file"):
         super().__init__()
-        self.trunk, self.head, self.fc = inception_2015(state_dict, path)
-        self.input = input
+        inception = inception_v3(weights=None, num_classes=1008, aux_logits=False, init_weights=False).eval()
+        load_weights(inception, state_dict, path)
+        self.input, self.fc = input, inception.fc
+        # torchvision's network but for two quirks of the graph of 2015, which the weights were trained with:
+        # average pools count no padding, and the one in the last of nine blocks is a max pool
+        self.net = create_feature_extractor(inception, ["Mixed_6d", "avgpool"])
+        pools = [node for node in self.net.graph.nodes if node.target is F.avg_pool2d]
+        for node in pools:
+            node.kwargs = node.kwargs | {"count_include_pad": False}
+        pools[-1].target, pools[-1].kwargs = F.max_pool2d, {"kernel_size": 3, "stride": 1, "padding": 1}
+        self.net.recompile()
         self.eval().requires_grad_(False)
 
-    def features(self, images):
+    def forward(self, images):
         x = images.float()
         if self.input == "tf":
             x = (resize_tf1(x) - 128) / 128
         else:
             x = 2 * F.interpolate(x / 255, (299, 299), mode="bilinear") - 1
-        x = self.trunk(x)  # (B, 768, 17, 17)
+        x = self.net(x)  # {"Mixed_6d": (B, 768, 17, 17), "avgpool": (B, 2048, 1, 1)}
         # sFID's features still know where things are. TF's mixed_6/conv is Mixed_6d.branch1x1 in a public map
         # of the weights, here after its ReLU: not verified. Of 7 channels: about as many numbers as pool has.
-        spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)  # (B, 17 * 17 * 7)
-        pool = self.head(x).mean((2, 3))  # (B, 2048)
+        spatial = x["Mixed_6d"][:, :7].permute(0, 2, 3, 1).flatten(1)  # (B, 17 * 17 * 7)
+        pool = x["avgpool"].flatten(1)  # (B, 2048)
         # IS as in ADM, which multiplies by the last layer's weight and gives no reason to leave out its bias
         return pool, spatial, (pool @ self.fc.weight.T).softmax(1)
 
@@ -195,7 +193,7 @@ def score_tokenizer(model, images, net, s, world):
     rFID and PSNR see 8 bits, as picture files have, LPIPS and SSIM floats: the authors' code."""
     with world.first():
         lpips = LPIPS().to(world.device) if s.lpips else None
-    real, fake, measures = [], [], []
+    parts = []
     for index, x in batches(images, s, world, "reconstructions"):
         x = to_float(x) if x.dtype == torch.uint8 else 2 * x - 1  # (B, 3, H, W) in [-1, 1]
         posterior = model.encode(x)
@@ -208,27 +206,28 @@ def score_tokenizer(model, images, net, s, world):
                 "its weights are broken")
         # to_uint8 rounds; theirs, 127.5 x + 128 truncated, is the same
         x8, y8 = to_uint8(x), to_uint8(y)
-        real.append(net.features(x8)[:1])  # pool alone
-        fake.append(net.features(y8)[:1])
-        # torchmetrics clips to its data_range; nobody clips LPIPS's
-        similarity = ssim(x.clamp(-1, 1), y.clamp(-1, 1), data_range=2.0)
-        perceptual = lpips(x, y).flatten() if lpips else torch.zeros_like(similarity)
-        measures.append([psnr(x8.float(), y8.float(), 255.0), perceptual, similarity])
-    (real,), (fake,), means = together(real, world), together(fake, world), together(measures, world)
-    ours, theirs = gaussian(fake, world.device), gaussian(real, world.device)
-    values = [frechet_distance(*ours, *theirs), *(v.double().mean().item() for v in means)]
-    return dict(zip(("rFID", "PSNR", "LPIPS", "SSIM"), values)) | ({} if lpips else {"LPIPS": None})
+        # of the features the pool alone; torchmetrics clips to its data_range, nobody clips LPIPS's
+        part = [net(x8)[0], net(y8)[0], psnr(x8.float(), y8.float(), 255.0),
+                ssim(x.clamp(-1, 1), y.clamp(-1, 1), data_range=2.0)]
+        if lpips:
+            part.append(lpips(x, y).flatten())
+        parts.append(part)
+    real, fake, *measures = together(parts, world)
+    means = dict(zip(("PSNR", "SSIM", "LPIPS"), (values.double().mean().item() for values in measures)))
+    return {"rFID": frechet_distance(*gaussian(fake), *gaussian(real)), "PSNR": means["PSNR"],
+            "LPIPS": means.get("LPIPS"), "SSIM": means["SSIM"]}
 
 # === Plumbing: nothing of the paper below this line ===
 import json
-from functools import lru_cache
+from functools import partial
 from itertools import count
 
 import torch.distributed as dist
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.models import inception_v3
+from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.transforms import functional as transform
 from tqdm import tqdm
 
@@ -244,48 +243,49 @@ def authors_crop(image, size, where=None):
     with antialias, then the centre. ADM's center_crop is bicubic on 8 bits: sharper."""
     return transform.center_crop(transform.resize(transform.to_tensor(image), size, antialias=True), size)
 
-load_images = lru_cache(Images)  # two uses of a split share its images in memory
-
 def dataset(s, run, split, crop=center_crop):
     """Images of the split "train" or "test" of --data, by default of the data that the tokenizer was trained
-    on (`run` holds its settings), with what Pictures has. UserError if neither says which."""
-    data, size = s.data or run.get("data"), s.image_size or run.get("image_size")
-    require(data and size, f"which images? No tokenizer in {s.out} says so: name --data and --image-size")
-    require(size >= 8, f"--image-size {size} is too small for any measure: at least 8")
-    images = load_images(data, split, size, crop)
+    on (`run` holds its settings), with what Pictures has."""
+    data, size = s.data or run.get("data"), s.image_size or run.get("image_size", 0)
+    require(data and size >= 8, f"--data {data} --image-size {size}: name images, 8 pixels or more, or --vae")
+    images = Images(data, split, size, crop)
     images.name, images.statistics, images.meta = f"{data} {split} {size}x{size}", {}, {}
     return images
+
+# of a reference's pool and spatial features, by ADM's names
+STATISTICS = {"mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,), "sigma_s": (2023, 2023)}
 
 class Pictures(Dataset):
     """The pictures below a folder, by path, or those of an .npz batch or run: [i] uint8 (3, H, W).
     size: ADM's centre crop of files to it; 0: they must be of one size. An .npz is checked and read whole.
     .labels: arr_1, the classes (N,) that were asked for, or None. .meta: how they were made, if it says so.
-    .statistics: of ADM's reference file, mu, sigma, mu_s, sigma_s over its whole training set, else {}."""
+    .statistics: those of `wanted` {name: shape} that it holds; an .npz with some may lack images."""
+    labels, meta, statistics = None, {}, {}
 
-    def __init__(self, path, size=0):
+    def __init__(self, path, size=0, wanted=()):
         path = Path(path)
         if (path / "samples.npz").exists():
             path = path / "samples.npz"
-        self.name, self.size, self.meta, arrays = str(path), size, {}, {}
+        self.name, self.size = str(path), size
         if path.is_dir():
             self.items = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS)
             require(self.items, f"{path} holds no images and no samples.npz")
             self.size = size or open_image(self.items[0]).size
-        else:
-            with reading(path, " than an .npz batch"):
-                with np.load(path) as archive:
-                    arrays = dict(archive)
-                self.meta = {} | json.loads(str(arrays.get("meta", "{}")))
-            self.items = x = arrays.get("arr_0", np.zeros((0, 0, 0, 3), np.uint8))
-            require(x.dtype == np.uint8 and x.shape[3:] == (3,),
-                    f"{path}: arr_0 is {x.dtype} {x.shape}, not uint8 (N, H, W, 3)")
-        self.labels = y = arrays.get("arr_1")
-        require(y is None or (y.dtype.kind in "iu" and y.shape == (len(self.items),)),
-                f"{path}: arr_1 does not hold a class for each image")
-        self.statistics = {name: arrays[name] for name in STATISTICS if name in arrays}
+            return
+        with reading(path, " than an .npz batch"), np.load(path) as archive:
+            arrays = dict(archive)
+            self.meta = {} | json.loads(str(arrays.get("meta", "{}")))
+            self.labels = torch.as_tensor(arrays["arr_1"]) if "arr_1" in arrays else None
+        self.items = x = arrays.get("arr_0", np.zeros((0, 0, 0, 3), np.uint8))
+        whole = x.dtype == np.uint8 and x.shape[3:] == (3,)
+        require(whole, f"{path}: arr_0 is {x.dtype} {x.shape}, not uint8 (N, H, W, 3)")
+        whole = self.labels is None or self.labels.shape == x.shape[:1]
+        require(whole, f"{path}: arr_1 does not hold a class for each image")
+        self.statistics = {name: arrays[name] for name in wanted if name in arrays}
         for name, value in self.statistics.items():
-            whole = value.dtype.kind == "f" and value.shape == STATISTICS[name] and np.isfinite(value).all()
-            require(whole, f"{path}: {name} is not finite, or not of shape {STATISTICS[name]}")
+            require(value.dtype.kind == "f" and value.shape == wanted[name] and np.isfinite(value).all(),
+                    f"{path}: {name} is not finite, or not of shape {wanted[name]}")
+        require(len(x) or self.statistics, f"{path} holds neither arr_0 nor statistics that fit --features")
 
     def __len__(self):
         return len(self.items)
@@ -296,14 +296,10 @@ class Pictures(Dataset):
             image = open_image(image)
             if isinstance(self.size, int):
                 return center_crop(image, self.size)
-            require(image.size == self.size, f"{self.items[i]} is of {image.size}, {self.items[0]} of "
-                    f"{self.size}: name one --image-size")
+            require(image.size == self.size, f"{self.items[i]} is not of {self.size}: name one --image-size")
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 # --- Features of many images -----------------------------------------------------------------------
-# of pool and of spatial, by ADM's names
-STATISTICS = {"mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,), "sigma_s": (2023, 2023)}
-
 def some(n, num):
     """At most num indices below n, in order, always the same. Drawn by chance: a folder's files are sorted by
     class, balanced samples repeat their classes, and every tenth of those may be of one class."""
@@ -313,104 +309,66 @@ def batches(images, s, world, title):
     """At most --num images, of which each process takes one contiguous part: pairs of indices, a list, and
     images (B, 3, H, W) on the device, of the images' own kind. UserError if there are too few."""
     chosen = some(len(images), s.num)
-    name = getattr(images, "name", title)
-    require(len(chosen) >= max(2, world.size), f"{name}: {len(chosen)} are too few; thousands make sense")
-    mine = chosen.tensor_split(world.size)[world.rank]
-    workers = s.workers if getattr(images, "memory", None) is None else 0
-    work = DataLoader(Subset(images, mine.tolist()), s.batch_size, num_workers=workers,
-                      worker_init_fn=ignore_signals, multiprocessing_context="fork" if workers else None)
-    for index, x in zip(mine.split(s.batch_size), tqdm(work, title, unit="batch", disable=world.rank > 0)):
-        yield index.tolist(), x.to(world.device)
+    require(len(chosen) >= max(2, world.size), f"{title}: {len(chosen)} are too few; thousands make sense")
+    mine = [part.tolist() for part in chosen.tensor_split(world.size)[world.rank].split(s.batch_size)]
+    work = DataLoader(images, batch_sampler=mine, num_workers=s.workers, worker_init_fn=ignore_signals,
+                      multiprocessing_context="fork" if s.workers else None)
+    for index, x in zip(mine, tqdm(work, title, unit="batch", disable=world.rank > 0)):
+        yield index, x.to(world.device)
 
 def together(parts, world):
     """For each batch a tuple of tensors -> one tuple for all images, of all processes, in the images' order.
-    Features are held, not only their sums: 50,000 images of Inception's are 1 GB. What comes later, from the
-    covariance to the neighbours, is so the same for any number of processes and any batch size."""
+    Held, not summed (Inception's of 50,000 images: 1 GB): what follows depends on no batch or process."""
     mine = [torch.cat(part).cpu() for part in zip(*parts)]
     shares = [mine] * world.size
     if world.size > 1:
         dist.all_gather_object(shares, mine, group=world.patient)
-    return [torch.cat(part) for part in zip(*shares)]
+    return [torch.cat(part).to(world.device) for part in zip(*shares)]
+
+def gaussian(x):
+    """Features (N, d) -> mean (d,) and covariance (d, d) over N - 1, as numpy's; float64."""
+    return x.double().mean(0), x.double().T.cov()
 
 @torch.no_grad()
 def gather(images, net, s, world, title):
-    """Images -> pool (N, d), spatial (N, s) and probs (N, C) in the features of net."""
-    return together([net.features(x) for _, x in batches(images, s, world, title)], world)
+    """Images -> {"pool": (N, d), "probs": (N, C)} in the features of net, and STATISTICS; none, {}."""
+    if not len(images):
+        return {}
+    pool, spatial, probs = together([net(x) for _, x in batches(images, s, world, title)], world)
+    statistics = zip(STATISTICS, (*gaussian(pool), *gaussian(spatial)))
+    return {"pool": pool, "probs": probs} | dict(statistics)
 
-def gaussian(x, device):
-    """Features (N, d) -> mean (d,) and covariance (d, d) over N - 1, as numpy's; float64."""
-    x = x.to(device).double()
-    return x.mean(0), x.T.cov()
-
-def reference_features(images, net, s, world):
-    """What samples are compared with: STATISTICS, and pool (M, d) for precision and recall; what a file
-    without images lacks is left out."""
-    reference = {}
-    if len(images):
-        pool, spatial, _ = gather(images, net, s, world, "reference")
-        reference = dict(zip(STATISTICS, (*gaussian(pool, world.device), *gaussian(spatial, world.device))))
-        # M <= 10,000, as in ADM's file: all distances between references and samples are needed
-        reference["pool"] = pool[some(len(pool), 10_000)]
-    return reference | images.statistics  # of the whole training set, if ADM's file states them
-
-def compare(ours, reference, names, device):
-    """(pool, spatial, probs) of samples against reference_features -> {name: value}: FID, sFID, IS, precision
-    and recall, called as `names` say in this order; None where the reference lacks what it takes. The IS
-    needs no reference: it asks whether each image is surely of some class, and all together of many."""
-    pool, spatial, probs = ours
-    values = [None, None, inception_score(probs), None, None]
-    for k, (x, mu, sigma) in enumerate(((pool, "mu", "sigma"), (spatial, "mu_s", "sigma_s"))):
+def compare(ours, reference, prefix=""):
+    """What gather found in samples and in a reference -> {prefix + name: value}: FID, sFID, IS, precision,
+    recall; None where the reference lacks what it takes. The IS needs no reference: it asks whether each
+    image is surely of some class, and all together of many."""
+    values = dict.fromkeys(("FID", "sFID", "IS", "precision", "recall"))
+    for name, mu, sigma in (("FID", "mu", "sigma"), ("sFID", "mu_s", "sigma_s")):
         if {mu, sigma} <= reference.keys():
-            values[k] = frechet_distance(*gaussian(x, device), reference[mu], reference[sigma])
-    if min(len(pool), len(reference.get("pool", ()))) > 3:
-        values[3:] = precision_recall(reference["pool"].to(device), pool.to(device))
-    return dict(zip(names, values))
+            values[name] = frechet_distance(ours[mu], ours[sigma], reference[mu], reference[sigma])
+    values["IS"] = inception_score(ours["probs"])
+    pool = reference.get("pool", ())
+    if min(len(pool), len(ours["pool"])) > 3:  # each has a third neighbour
+        # M <= 10,000, as in ADM's file: all distances between references and samples are needed
+        pool = pool[some(len(pool), 10_000)]
+        values["precision"], values["recall"] = precision_recall(pool, ours["pool"])
+    return {prefix + name: value for name, value in values.items()}
 
 # --- Networks --------------------------------------------------------------------------------------
-def inception_2015(state_dict, path):
-    """Weights of pytorch-fid's file -> layers up to Mixed_6d, from there to Mixed_7c, the last, 2048 -> 1008.
-    torchvision's inception_v3 but for two quirks of the graph of 2015, which the weights were trained with:
-    average pools count no padding, and the last block pools by the maximum."""
-    net = inception_v3(weights=None, num_classes=1008, aux_logits=False, init_weights=False)
-    load_weights(net, state_dict, path)
-
-    def uncount_padding(_, args):
-        # mean over the pixels inside = mean with zeros counted / share of the window that is inside
-        return args[0] / F.avg_pool2d(torch.ones_like(args[0][:1, :1]), 3, stride=1, padding=1)
-
-    def max_pool_instead(block, args, out):
-        branch = block.branch_pool(F.max_pool2d(args[0], 3, stride=1, padding=1))
-        return torch.cat([out[:, :-branch.shape[1]], branch], 1)
-
-    for name in ("5b", "5c", "5d", "6b", "6c", "6d", "6e", "7b"):
-        getattr(net, f"Mixed_{name}").branch_pool.register_forward_pre_hook(uncount_padding)
-    net.Mixed_7c.register_forward_hook(max_pool_instead)
-    layers = [layer for name, layer in net.named_children() if name not in ("avgpool", "dropout", "fc")]
-    cut = layers.index(net.Mixed_6d) + 1
-    return nn.Sequential(*layers[:cut]), nn.Sequential(*layers[cut:]), net.fc
-
 def resize_tf1(x, size=299):
     """(B, C, H, W) -> (B, C, size, size), bilinear as in TensorFlow 1: no antialias, pixels at corners."""
-    for dim in (3, 2):
+    def weights(n):  # (size, n): how much of each of n pixels, which falls to 0 at the next one
         # source = destination * scale; everybody else has (destination + 1/2) * scale - 1/2
-        source = torch.arange(size, device=x.device, dtype=x.dtype) * (x.shape[dim] / size)
-        low = source.long()
-        high = (low + 1).clamp(max=x.shape[dim] - 1)
-        weight = (source - low).view((-1, 1) if dim == 2 else (-1,))
-        x = torch.lerp(x.index_select(dim, low), x.index_select(dim, high), weight)
-    return x
+        source = (torch.arange(size, device=x.device) * (n / size)).clamp(max=n - 1)
+        return F.relu(1 - (source[:, None] - torch.arange(n, device=x.device)).abs())
+    return weights(x.shape[2]) @ x @ weights(x.shape[3]).T
 
-class ScoreNet:
-    """Ours, of preset mini: the same features of a Classifier trained on the run's own images. Another shape
+def score_net(classifier, images):
+    """ScoreNet, ours: the same features of a Classifier trained on the run's own images. Another shape
     and seed than those of VF loss's stand-in teacher: a pupil is not judged by its own teacher."""
-
-    def __init__(self, classifier):
-        self.net = classifier
-
-    def features(self, images):
-        x = F.relu(self.net.features(to_float(images)))  # (B, 96, S/8, S/8)
-        pool = x.mean((2, 3))  # (B, 96)
-        return pool, x[:, :7].permute(0, 2, 3, 1).flatten(1), self.net.head(pool).softmax(1)
+    x = F.relu(classifier.features(to_float(images)))  # (B, 96, S/8, S/8)
+    pool = x.mean((2, 3))  # (B, 96)
+    return pool, x[:, :7].permute(0, 2, 3, 1).flatten(1), classifier.head(pool).softmax(1)
 
 INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
                  "pt_inception-2015-12-05-6726825d.pth")
@@ -426,82 +384,81 @@ def feature_network(s, run, world, input="tf"):
         return net.to(world.device), f"Inception of 2015, {input} input"
     train, path = dataset(s, run, "train"), Path(s.cache or s.out) / "score_net.pt"
     key = {"images": train.identity, "size": train.size, "num": s.num, "seed": s.seed, "steps": s.steps}
-    hint = "remove it, or name another folder with --cache"
     torch.manual_seed(s.seed)  # its weights are a function of images and settings
-    net = Classifier(len(train.classes), 8, width=32)
+    net, hint = Classifier(len(train.classes), 8, width=32), "remove it, or name another folder with --cache"
     made = load_checkpoint(path, "score_net", hint) if path.exists() else {}
-    world.barrier()  # all have looked before the first process writes
-    if world.rank == 0 and made.get("key") != key:
+    if made.get("key") != key and world.rank == 0:
         index = some(len(train), s.num)
-        x = torch.stack([train[i] for i in index.tolist()])
-        net = train_classifier(net, x, train.labels[index], s.steps, s.seed, world.device, "score network")
+        x, y = torch.stack([train[i] for i in index.tolist()]), train.labels[index]
+        net = train_classifier(net, x, y, s.steps, s.seed, world.device, "score network")
         save_checkpoint({"stage": "score_net", "key": key, "state_dict": net.state_dict()}, path)
-    world.barrier()
-    load_weights(net, load_checkpoint(path, "score_net", hint).get("state_dict"), path)
+    world.barrier()  # the others find its file
+    made = load_checkpoint(path, "score_net", hint)
+    load_weights(net, made.get("state_dict"), path)
     net = net.to(world.device).eval().requires_grad_(False)
-    return ScoreNet(net), f"ScoreNet, {s.steps} steps on {train.name}"
+    return partial(score_net, net), f"ScoreNet, {s.steps} steps on {train.name}"
 
 # --- Scores of a run -------------------------------------------------------------------------------
 def open_run(s, world):
-    """The tokenizer to score, its settings, samples, reference; None, {} for what is not there or not asked.
-    All is checked here, before a network is trained for it: kinds, shapes, sizes, finite or not."""
+    """The tokenizer to score, its settings, {kind: images} to score, and their reference; None, {} for what
+    is not there or not asked. All is checked here, before a network is trained for it."""
     alone = bool(s.samples and not s.vae)  # samples by name: OUT's tokenizer only says which images
-    model, run, samples, reference = None, {}, None, None
+    model, run, kinds, reference = None, {}, {}, None
     if s.vae or Path(s.out, "vae.pt").exists():
         s.vae = s.vae or f"{s.out}/vae.pt"
         model, state = load_tokenizer(s.vae, world.device, unfinished=s.unfinished or alone)
         # the spec is what the weights are, not what a flag said: a released file knows no settings
         spec = next((name for name, kwargs in SPECS.items() if kwargs == state["spec"]), "other")
         run = state["settings"] | {"spec": spec, "step": state["step"]}
-        require(s.image_size % model.f == 0, f"--image-size {s.image_size} is not divisible by {model.f}, "
-                f"the downsampling rate of {s.vae}")
+        require(s.image_size % model.f == 0, f"--image-size {s.image_size}: {s.vae} divides by {model.f}")
     if s.samples or Path(s.out, "samples.npz").exists():
-        samples = Pictures(s.samples or s.out, s.image_size)
-        require(len(samples), f"{samples.name} has no images (arr_0) to score")
-        reference = Pictures(s.reference, s.image_size) if s.reference else dataset(s, run, "train")
-        if (s.features, s.inception_input) != ("inception", "tf"):
-            reference.statistics = {}  # ADM's are of these features and no others
-        require(len(reference) or reference.statistics, f"{reference.name} has neither images (arr_0) nor "
-                f"statistics that fit --features {s.features}")
-        compared = [samples, reference] + ([dataset(s, run, "test")] if s.features == "mini" else [])
-        sizes = {images.name: tuple(images[0].shape[1:]) for images in compared if len(images)}
+        kinds["samples"] = Pictures(s.samples or s.out, s.image_size)
+        if s.features == "mini":  # images that nobody has trained on: what the samples may be held against
+            kinds["real"] = dataset(s, run, "test")
+        # ADM's statistics are of its own features and no others
+        wanted = STATISTICS if (s.features, s.inception_input) == ("inception", "tf") else ()
+        reference = Pictures(s.reference, s.image_size, wanted) if s.reference else dataset(s, run, "train")
+        sizes = {x.name: tuple(x[0].shape[1:]) for x in [*kinds.values(), reference] if len(x)}
         require(len(set(sizes.values())) == 1, f"these images are of several sizes: {sizes}")
-    require(model or samples, f"nothing to score in {s.out}: run python train_vae.py first, or name "
-            "--samples and --reference")
-    return None if alone else model, run, samples, reference
+    require(model or kinds, f"nothing to score in {s.out}: run train_vae.py first, or name --samples")
+    return None if alone else model, run, kinds, reference
 
-def score(s, world):
+def main(s, world):
     """Score the run in OUT, or what flags name: a table, and OUT/scores.json, both from the first process."""
+    if s.uniformity:
+        return score_uniformity(s) if world.rank == 0 else None
     # TF32 rounds to 10 bits: a measure should not depend on the GPU
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    model, run, samples, reference = open_run(s, world)
+    model, run, kinds, reference = open_run(s, world)
     net, description = feature_network(s, run, world, s.inception_input)
-    scores = {"run": s.out, "features": s.features, "network": description}
-    prefix = "mini-" if s.features == "mini" else ""
+    prefix, scores = "mini-" if s.features == "mini" else "", {}
     if model:
         test = dataset(s, run, "test", authors_crop if s.crop == "resize" else center_crop)
-        judge = feature_network(s, run, world, s.rfid_input)[0]
-        values = score_tokenizer(model, test, judge, s, world)
+        values = score_tokenizer(model, test, feature_network(s, run, world, s.rfid_input)[0], s, world)
         scores["tokenizer"] = {"values": {prefix + "rFID": values.pop("rFID"), **values}, "settings": run,
                                "images": min(s.num, len(test)), "source": s.vae, "against": test.name,
                                "crop": s.crop, "posterior": s.posterior, "rfid_input": s.rfid_input}
-    if samples:
-        target = reference_features(reference, net, s, world)
-        kinds = {"samples": samples}
-        if prefix:  # images that nobody has trained on: what the samples' values may be held against
-            kinds["real"] = dataset(s, run, "test")
-        for kind, images in kinds.items():
-            ours = gather(images, net, s, world, kind)
-            names = [prefix + name for name in ("FID", "sFID", "IS", "precision", "recall")]
-            values = compare(ours, target, names, world.device)
-            if prefix and images.labels is not None:  # Inception's 1,008 classes are no data set's
-                labels = torch.as_tensor(images.labels)[some(len(images), s.num)]
-                values["class accuracy"] = (ours[2].argmax(1) == labels).double().mean().item()
-            scores[kind] = {"values": values, "images": len(ours[0]), "source": images.name, "against":
-                            f"{reference.name} ({min(s.num, len(reference))} images)", "meta": images.meta}
+    if kinds:
+        target = gather(reference, net, s, world, reference.name) | reference.statistics
+    for kind, images in kinds.items():
+        ours = gather(images, net, s, world, images.name)
+        values = compare(ours, target, prefix)
+        if prefix and images.labels is not None:  # Inception's 1,008 classes are no data set's
+            right = ours["probs"].argmax(1).cpu() == images.labels[some(len(images), s.num)]
+            values["class accuracy"] = right.double().mean().item()
+        scores[kind] = {"values": values, "images": len(ours["pool"]), "source": images.name, "against":
+                        f"{reference.name} ({min(s.num, len(reference))} images)", "meta": images.meta}
     if world.rank == 0:
-        save_scores(Path(s.out, "scores.json"), scores)
-        report(scores)
+        head = {"run": s.out, "features": s.features, "network": description}
+        save_scores(Path(s.out, "scores.json"), head | scores)
+        print(f"{s.out} in the features of {description}\n")
+        print("| measure | value | images | of | against |\n|---|---|---|---|---|")
+        for part in scores.values():
+            for name, value in part["values"].items():
+                value = "-" if value is None else f"{value:.4g}"
+                print(f"| {name} | {value} | {part['images']} | {part['source']} | {part['against']} |")
+        made = [f"{name} {value}" for name, value in kinds["samples"].meta.items()] if kinds else ()
+        print("\nsamples:", ", ".join(made) or "none, or they do not say how made")
 
 def save_scores(path, scores):
     """Write a JSON file; one that is there and says something else is kept under another name."""
@@ -511,23 +468,11 @@ def save_scores(path, scores):
         print(f"{path} held other scores: they are now in {kept}")
     write_json(path, scores)
 
-def report(scores):
-    """Print a run's scores as a Markdown table: beside each value how many images, of what, against what."""
-    print(f"{scores['run']} in the features of {scores['network']}\n")
-    print("| measure | value | images | of | against |\n|---|---|---|---|---|")
-    for kind in ("tokenizer", "samples", "real"):
-        told = scores.get(kind, {"values": {}})
-        for name, value in told["values"].items():
-            value = "-" if value is None else f"{value:.4g}"
-            print(f"| {name} | {value} | {told['images']} | {told['source']} | {told['against']} |")
-    made = scores.get("samples", {"meta": {}})["meta"]
-    print("\nsamples:", ", ".join(f"{k} {v}" for k, v in made.items()) or "none, or they do not say how made")
-
 # --- Uniformity [Table 6, Fig. 6] ------------------------------------------------------------------
 def latent_vectors(path, seed, num=10_000):
     """Vectors (N, d), or latents (N, d, h, w): a .npy or .pt, or a folder, ours or the authors' -> float64
     (n, d), n <= num. Of latents one random position of each of n random images, as the authors did; they give
-    no reason for 10,000. Normalised per channel, unless d = 2: such points are an embedding already."""
+    no reason for 10,000. Normalised per channel; if d = 2, no measure of uniformity depends on that."""
     path, rng = Path(path), np.random.default_rng(seed)
     with reading(path, " than numbers of shape (N, d) or (N, d, h, w), .npy or .pt"):
         if path.is_dir():
@@ -541,16 +486,15 @@ def latent_vectors(path, seed, num=10_000):
         if z.ndim == 4:
             n, _, h, w = z.shape
             z = z[np.arange(n), :, rng.integers(h, size=n), rng.integers(w, size=n)]
-        require(z.dtype.kind in "fiu" and z.ndim == 2 and len(z) > 2, f"{path}: {z.dtype} of shape {z.shape}")
         z = z.astype(np.float64)
-        require(np.abs(z).max() < 1e30, f"{path}: vectors that are not finite")
-        # of rank 0 is a point, of rank 1 a line
-        require(np.linalg.matrix_rank(z - z.mean(0)) > 1, f"{path}: vectors on a line, or all the same")
-    return z if z.shape[1] == 2 else (z - z.mean(0)) / (z.std(0) + 1e-12)
+        # of rank 0 is a point, of rank 1 a line: no density in a plane
+        require(z.ndim == 2 and np.abs(z).max() < 1e30 and np.linalg.matrix_rank(np.cov(z.T)) > 1,
+                f"{path}: no finite vectors (N, d) that spread in two directions, but {z.shape}")
+    return (z - z.mean(0)) / (z.std(0) + 1e-12)
 
 def embed(z, how, seed):
     """(N, d) -> (N, 2): t-SNE as in Fig. 6, at scikit-learn's usual perplexity of 30 (the paper names none);
-    or the two principal components."""
+    or the two principal components. Vectors with d = 2 are an embedding already."""
     if z.shape[1] == 2:
         return z
     if how == "pca":
@@ -562,9 +506,9 @@ def embed(z, how, seed):
     tsne = TSNE(perplexity=min(30, (len(z) - 1) / 3), random_state=seed, n_jobs=-1)
     return tsne.fit_transform(z).astype(np.float64)
 
-def scatter(points, density, path, size=800):
+def scatter(points, path, size=800):
     """PNG of points (N, 2), 3x3 pixels each, blue where they are sparse, orange where dense [Fig. 6]."""
-    canvas = np.full((size, size, 3), 255, np.uint8)
+    canvas, density = np.full((size, size, 3), 255, np.uint8), gaussian_kde(points.T)(points.T)
     places = (points - points.min(0)) / np.ptp(points, axis=0) * (size - 3)
     level = (density / density.max())[:, None]
     for (x, y), colour in zip(places.astype(int), level * (255, 160, 0) + (1 - level) * (40, 40, 160)):
@@ -578,25 +522,17 @@ def score_uniformity(s):
     for seed in tqdm(range(s.seed, s.seed + s.uniformity_seeds), "embedding and density", unit="seed"):
         z = latent_vectors(s.uniformity, seed)
         points = embed(z, s.embedding, seed)
-        with reading(s.uniformity, " than vectors that spread in two directions"):
-            density = gaussian_kde(points.T)(points.T)
-            results.append(uniformity(points, density))
+        results.append(uniformity(points))
     how = "points taken as they are (2-D)" if z.shape[1] == 2 else s.embedding
     scores = {"file": s.uniformity, "vectors": list(z.shape), "embedding": how, "seeds": s.uniformity_seeds}
     print(f"{s.uniformity}: {len(z)} vectors of {z.shape[1]} channels, {how}, {s.uniformity_seeds} seeds; "
           f"scatter: {s.out}/uniformity.png\n\n| measure | mean | std |\n|---|---|---|")
     for name in results[0]:
         values = [result[name] for result in results]
-        scores[name] = [float(np.mean(values)), float(np.std(values))]
+        scores[name] = [np.mean(values), np.std(values)]
         print(f"| {name} | {np.mean(values):.4f} | {np.std(values):.4f} |")
     save_scores(Path(s.out, "uniformity.json"), scores)
-    scatter(points, density, Path(s.out, "uniformity.png"))
-
-def main(s, world):
-    if not s.uniformity:
-        score(s, world)
-    elif world.rank == 0:
-        score_uniformity(s)
+    scatter(points, Path(s.out, "uniformity.png"))
 
 if __name__ == "__main__":
     run_script(Settings, PRESETS, __doc__, main)

@@ -176,7 +176,6 @@ from vae import UserError, file_hash, fingerprint, hub_file, load_tokenizer, loa
 class System:
     """What turns noise into images: a LightningDiT and the tokenizer that it was trained on, ours or the
     authors', on this process's device. UserError if they, or the settings s, do not fit."""
-
     def __init__(self, s, world):
         if s.preset in OFFICIAL:
             dit, vae, state = read_official(s.preset, world)
@@ -187,22 +186,21 @@ class System:
                       "image_size", "tokenizer", s.weights)
         require(s.unfinished or state["step"] == state["total_steps"], f"{dit} is unfinished (step "
                 f"{state['step']} of {state['total_steps']}): run train_dit.py again, or --unfinished")
-        self.tokenizer, tokenizer_state = load_tokenizer(vae, world.device, unfinished=s.unfinished)
-        vae_hash, trained_on = fingerprint(tokenizer_state["state_dict"]), state["tokenizer"]
+        self.tokenizer, tokenizer = load_tokenizer(vae, world.device, unfinished=s.unfinished)
+        vae_hash, trained_on = fingerprint(tokenizer["state_dict"]), state["tokenizer"]
         require(trained_on.get("fingerprint", "none") in (vae_hash, None), f"{dit} was trained on latents of "
                 f"another tokenizer ({trained_on.get('path')}) than {vae}: name it with --vae")
+        pixels, n = state["image_size"], len(state["classes"])
         with reading(dit):
             model = LightningDiT(**state["arch"])
             load_weights(model, state[s.weights], dit)
             # statistics (1, C, 1, 1) of all latents, shape (C, h, w) of one
             self.mean, self.std = (state["latents"][key].float().to(world.device) for key in ("mean", "std"))
             self.shape, self.classes = tuple(state["latents"]["shape"]), state["classes"]
-            whole = self.mean.shape == self.std.shape == (1, model.in_channels, 1, 1)
-            whole = whole and self.mean.isfinite().all() and 0 < self.std.min() and self.std.max() < 1e6
-            side = state["image_size"] // self.tokenizer.f
-            whole = whole and self.shape == (self.tokenizer.embed_dim, side, side)
-            whole = whole and state["objective"] in ("flow", "ddpm")
-            whole = whole and len(self.classes) == model.num_classes
+            side, stats = pixels // self.tokenizer.f, torch.stack([self.mean, self.std])
+            whole = stats.shape == (2, 1, model.in_channels, 1, 1) and stats.abs().max() < 1e6
+            whole = whole and self.std.min() > 0 and self.shape == (self.tokenizer.embed_dim, side, side)
+            whole = whole and state["objective"] in ("flow", "ddpm") and n == model.num_classes
         require(whole, f"{dit} is damaged: its latents or classes do not fit its network or the tokenizer")
         self.model = model.to(world.device).eval().requires_grad_(False)
         if state["objective"] == "ddpm":
@@ -212,43 +210,37 @@ class System:
             self.model = torch.compile(self.model)
         self.device, self.dit, self.vae = world.device, dit, vae
         # what samples.npz tells of its origin
-        self.identity = {key: state[key] for key in ("objective", "data", "image_size")}
         size = [name for name, size in SIZES.items() if size.items() <= state["arch"].items()] or ["other"]
-        self.identity |= {"model": f"{size[0]}/{model.patch_size}", "dit_step": state["step"],
-                          "dit_fingerprint": fingerprint(state[s.weights]), "tokenizer_fingerprint": vae_hash}
-        # The flags, now and not after the last image. The class table has a row for the null class only if
-        # training dropped labels.
+        self.identity = {"objective": state["objective"], "data": state["data"], "image_size": pixels,
+                         "model": f"{size[0]}/{model.patch_size}", "dit_step": state["step"],
+                         "dit_fingerprint": fingerprint(state[s.weights]), "tokenizer_fingerprint": vae_hash}
+        # the flags, now and not after the last image
         listed = "" if s.labels in ("random", "balanced") else s.labels
-        self.listed = numbers("--labels", listed, len(self.classes) - 1, int) or range(len(self.classes))
+        self.listed = numbers("--labels", listed, n - 1, int) or range(n)
         self.scales, self.times = numbers("--sweep", s.sweep, 1000), numbers("--trajectory", s.trajectory, 1)
-        has_null = model.y_embedder.embedding_table.num_embeddings > model.num_classes
-        require(has_null or {s.cfg_scale, *self.scales} == {1}, f"{dit} was trained with --class-dropout 0: "
-                "there is no null class to guide with; use --cfg-scale 1")
+        require(model.y_embedder.dropout_prob or {s.cfg_scale, *self.scales} == {1}, f"{dit} was trained "
+                "with --class-dropout 0: there is no null class to guide with; use --cfg-scale 1")
         require(s.cfg_channels <= self.shape[0],
                 f"--cfg-channels {s.cfg_channels}: the latents have {self.shape[0]} channels")
-        for flag, value, own in (("--data", s.data, state["data"]),
-                                 ("--image-size", s.image_size, state["image_size"])):
+        for flag, value, own in (("--data", s.data, state["data"]), ("--image-size", s.image_size, pixels)):
             require(value in ("", 0, own), f"{flag} {value}: the checkpoint is for {own}; leave {flag} out")
 
-# The authors' repositories. We have never seen the files: their hashes are printed, not stated.
-URL = "https://huggingface.co/hustvl/{}/resolve/main/{}"
-RELEASED_VAE, RELEASED_DIT = "vavae-imagenet256-f16d32-dinov2", "lightningdit-xl-imagenet256-{}ep"
-OFFICIAL = {"official-64ep": 64, "official-800ep": 800, "official-demo": 800}
+OFFICIAL = {"official-64ep": 64, "official-800ep": 800, "official-demo": 800}  # epochs
 
 def read_official(preset, world):
-    """Preset -> files of LightningDiT-XL/1 and VA-VAE in torch.hub's cache, and a state like dit.pt's."""
-    name = RELEASED_DIT.format(OFFICIAL[preset])
+    """Preset -> files of LightningDiT-XL/1 and VA-VAE in torch.hub's cache, and a state like dit.pt's.
+    We have never seen the authors' files: their hashes are printed, not stated."""
+    vae, dit = "vavae-imagenet256-f16d32-dinov2", f"lightningdit-xl-imagenet256-{OFFICIAL[preset]}ep"
+    files = (vae, vae), (vae, "latents_stats"), (dit, dit)
+    urls = [f"https://huggingface.co/hustvl/{place}/resolve/main/{name}.pt" for place, name in files]
     with world.first():
-        vae = hub_file(URL.format(RELEASED_VAE, f"{RELEASED_VAE}.pt"))
-        stats = hub_file(URL.format(RELEASED_VAE, "latents_stats.pt"))
-        dit = hub_file(URL.format(name, f"{name}.pt"))
-    for path in (vae, stats, dit):
+        vae, stats, dit = paths = [hub_file(url) for url in urls]
+    for path in paths:
         world.print(f"{path}\n  {file_hash(path)}")
     weights, latents = read_released_dit(dit), torch_load(stats)
-    for key in ("mean", "std"):
-        require(isinstance(latents, dict) and getattr(latents.get(key), "shape", ()) == (1, 32, 1, 1),
-                f"{stats} does not hold a {key} of shape (1, 32, 1, 1)")
-    # It is not known whether the 800-epoch release has QK-norm: the names of its weights decide.
+    with reading(stats):
+        latents = {key: latents[key].view(1, 32, 1, 1) for key in ("mean", "std")}
+    # The 800-epoch release is said to have no QK-norm (the authors' issue 68): its weights' names decide.
     arch = SIZES["XL"] | {"use_qknorm": any(".q_norm." in key for key in weights)}
     return dit, vae, {"step": 0, "total_steps": 0, "arch": arch, "ema": weights, "model": weights,
                       "objective": "flow", "data": "imagenet", "image_size": 256,
@@ -297,25 +289,24 @@ def sample_all(system, s, world, identity, batch):
     """All samples into the file `batch`, which is whole when rank 0 returns.
     Work is dealt in units of one batch, samples [k B, (k + 1) B), each of them the same arithmetic whoever
     does it: so the file has the same bytes for any number of processes and after any interruption."""
-    folder, size = batch.with_name("samples_parts"), system.identity["image_size"]
+    size, on_gpu = system.identity["image_size"], world.device.type == "cuda"
     pngs = list(batch.parent.glob("samples/" + "[0-9]" * 6 + ".png"))
     require(s.fresh or not (s.png and pngs), f"{batch.parent}/samples holds PNGs, which would mix with the "
             "new ones: move them away, or --fresh to replace them")
     rows = {"arr_0": ((size, size, 3), np.uint8), "arr_1": ((), np.int64)}
-    parts = DiskArrays(folder, s.num, s.batch_size, rows, identity, world, s.fresh)
+    parts = DiskArrays(batch.with_name("samples_parts"), s.num, s.batch_size, rows, identity, world, s.fresh)
     if s.fresh and world.rank == 0:  # not before the folder is ours alone
         batch.unlink(missing_ok=True)
-    stop, ts, mine, on_gpu = Stop(world), time_grid(s), parts.missing(), world.device.type == "cuda"
+    stop, ts, mine = Stop(world), time_grid(s), parts.missing()
 
     def work(unit):
         start, end = unit
         if stop.asked:
             return
         # Both hold for this thread alone. A sum's last bits depend on how many threads share it: one a unit.
+        torch.set_num_threads(1)
         if on_gpu:
             torch.cuda.set_device(world.device)
-        else:
-            torch.set_num_threads(1)
         # The last unit is filled up with samples that nobody asked for: another size would be two more graphs
         # to compile, with guidance and without.
         images, y = sample_unit(system, s, range(start, start + min(s.batch_size, s.num)), ts)

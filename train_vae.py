@@ -55,8 +55,8 @@ class Settings:
     # --- the network [Sec. 3]
     spec: str = opt("f16d32", choices=tuple(SPECS))  # downsampling rate f and latent dimension d
     init: str = ""
-        # start from the weights in this file: the authors' VA-VAE, CompVis' kl-f8, or ours (then W of Eq. 1
-        # and the discriminator, too)
+        # start from the weights in this file: the authors' VA-VAE, CompVis' kl-f8, or ours; with W of Eq. 1
+        # and the discriminator, if it holds them and they fit
     # --- LDM's loss. L_rec and KL are sums over pixels and latent [Sec. 3.3], divided by the batch; KL sums
     # 8,192 numbers at f16d32, so its weight of 1e-6 is a slight pull to N(0, I).
     kl_weight: float = 1e-6  # weight of the KL loss
@@ -89,7 +89,7 @@ class Settings:
     out: str = opt("", same=False)  # folder of the run; default runs/PRESET
     device: str = opt("auto", choices=("auto", "cuda", "cpu"), same=False)  # auto: CUDA if there is one
     precision: str = opt("fp32", choices=("fp32", "bf16"))
-        # of the tokenizer: fp32 (TF32 on CUDA, as the authors) or bf16 autocast; losses are fp32
+        # of the tokenizer: fp32 (TF32 on CUDA) or bf16 autocast; losses are fp32
     compile: bool = opt(torch.cuda.is_available(), same=False)  # torch.compile encoder and decoder
     accumulate: int = opt(1, "[1, inf)", same=False)
         # parts of each process's batch, one after the other: less memory, a sixth more time
@@ -101,7 +101,6 @@ class Settings:
 
 class Tokenizer(nn.Module):
     """What the generator's optimizer holds: the autoencoder and W of Eq. 1, as one module for DDP."""
-
     def __init__(self, vae, width):
         super().__init__()
         self.vae = vae
@@ -183,7 +182,6 @@ def train_step(run, x, noise, batch):
 
 class Run:
     """What one training holds: networks, losses, optimizers. foundation: a FoundationModel or None."""
-
     def __init__(self, settings, world, foundation, pretrained=True):
         s, device = settings, world.device
         self.settings, self.foundation = settings, foundation
@@ -230,12 +228,8 @@ class Run:
 
     def load(self, state, path):
         for name, part in self.parts().items():
-            require(name in state, f"{path} is damaged: it lacks {name}; start over with --fresh")
             load = load_optimizer if part in self.optimizers else load_weights
-            load(part, state[name], path)
-
-# the columns of metrics_vae.csv
-TERMS = ("rec", "l1", "kl", "g", "d", "w_disc", "mcos", "mdms", "w_vf")
+            load(part, state.get(name), path)
 
 def train(s, world):
     """The loop. A step's images, crops and noise are functions of (seed, step): a run killed and resumed is
@@ -284,8 +278,8 @@ def train(s, world):
         log.watch(step, terms)
         if step % s.log_every == 0 or step == total:
             log.check(path, "try a smaller --lr, or --precision fp32")
-            values = {"epoch": step * s.batch_size / len(images)} | dict.fromkeys(TERMS, 0.0) | terms
-            values = log.write(step, values)
+            columns = dict.fromkeys(("rec", "l1", "kl", "g", "d", "w_disc", "mcos", "mdms", "w_vf"), 0.0)
+            values = log.write(step, {"epoch": step * s.batch_size / len(images)} | columns | terms)
             bar.set_postfix({name: f"{values[name]:.3g}" for name in ("rec", "mcos", "mdms")})
         stopping = stop.agreed() and step < total
         if step == total and world.rank == 0:  # before the last save, after which nothing is done again
@@ -323,19 +317,15 @@ ROWS = {
     "table2-f16d16-none": {"spec": "f16d16"} | NO_VF,  # 0.49 26.10 0.132 0.72 16.24
     "table2-f16d16-mae": {"spec": "f16d16", "vf": "mae"},  # 0.51 26.01 0.137 0.71 16.86
     "table2-f16d16-dinov2": {"spec": "f16d16"},  # 0.55 25.29 0.147 0.69 15.79
-    "table2-f16d32-none": NO_VF,  # 0.26 28.59 0.089 0.80 22.62
-    "table2-f16d32-mae": {"vf": "mae"},  # 0.28 28.33 0.091 0.80 19.89
-    "table2-f16d32-dinov2": {},  # 0.28 27.96 0.096 0.79 15.82
+    # Tables 4 and 5 compare with three rows of Table 2: the same settings and numbers
+    "table2-f16d32-none": NO_VF, "table4-naive": NO_VF, "table5-none": NO_VF,  # 0.26 28.59 0.089 0.80 22.62
+    "table2-f16d32-mae": {"vf": "mae"}, "table4-mae": {"vf": "mae"},  # 0.28 28.33 0.091 0.80 19.89
+    "table2-f16d32-dinov2": {}, "table4-dinov2": {}, "table5-full": {},  # 0.28 27.96 0.096 0.79 15.82
     "table2-f16d64-none": {"spec": "f16d64"} | NO_VF,  # 0.17 31.03 0.055 0.88 36.83
     "table2-f16d64-mae": {"spec": "f16d64", "vf": "mae"},  # 0.15 31.03 0.054 0.87 23.58
     "table2-f16d64-dinov2": {"spec": "f16d64"},  # 0.14 30.71 0.055 0.87 24.00
-    "table4-naive": NO_VF,  # 0.26 28.59 0.089 0.80 22.62
-    "table4-dinov2": {},  # 0.28 27.96 0.096 0.79 15.82
-    "table4-mae": {"vf": "mae"},  # 0.28 28.33 0.091 0.80 19.89
     "table4-sam": {"vf": "sam"},  # 0.26 28.31 0.091 0.80 19.80
     "table4-clip": {"vf": "clip"},  # 0.33 28.39 0.091 0.80 18.93
-    "table5-none": NO_VF,  # 0.26 28.59 0.089 0.80 22.62
-    "table5-full": {},  # 0.28 27.96 0.096 0.79 15.82
     "table5-no-mcos": ONLY_MDMS,  # 0.27 28.52 0.090 0.80 21.87
     "table5-no-mdms": ONLY_MCOS,  # 0.27 28.24 0.090 0.80 17.74
     "table5-no-margin": NO_MARGIN,  # 0.27 28.07 0.093 0.79 17.77
@@ -375,11 +365,11 @@ from functools import lru_cache
 import numpy as np
 import torch.distributed as dist
 import torchvision
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes
 
 from vae import UserError, check_entries, load_weights, read_released_tokenizer, reading, require, torch_load
 from vf_loss import Classifier, train_classifier
@@ -399,17 +389,25 @@ def build(s, images, world, resumed):
     foundation = None
     if s.vf != "none":
         mini = stand_in(s, images, f, world.device, resumed) if s.vf == "mini" else None
+        grid = (s.image_size // f, s.image_size // f)
         with world.first():
-            foundation = load_foundation_model(s.vf, (s.image_size // f,) * 2, s.vf_input, mini)
-        foundation = foundation.to(world.device)
+            foundation = load_foundation_model(s.vf, grid, s.vf_input, mini).to(world.device)
     run = Run(s, world, foundation)
     if s.init and not resumed:
         spec, weights = read_released_tokenizer(s.init)
         require(spec == SPECS[s.spec], f"--init {s.init} holds another tokenizer than --spec {s.spec}")
-        ours = {} if s.init.endswith(".safetensors") else torch_load(s.init)
-        ours = ours | {"state_dict": weights}
-        for name in {"state_dict", "linear_proj", "discriminator"} & run.parts().keys() & ours.keys():
-            load_weights(run.parts()[name], ours[name], s.init)
+        load_weights(run.tokenizer.vae, weights, s.init)
+        ours = torch_load(s.init)
+        theirs = ours.get("state_dict", ours)
+        for name, prefix in (("linear_proj", "linear_proj."), ("discriminator", "loss.discriminator.")):
+            part = run.parts().get(name)
+            if part is not None:
+                found = {key.removeprefix(prefix): theirs[key] for key in theirs if key.startswith(prefix)}
+                found, own = ours.get(name, found), part.state_dict()
+                # W belongs to one foundation model, and of another one it has another shape
+                fits = own.keys() == found.keys() and all(own[k].shape == found[k].shape for k in own)
+                world.print(f"--init {s.init}: {name} {'comes from it, too' if fits else 'starts anew'}")
+                load_weights(part, found if fits else own, s.init)
     return run
 
 def in_parts(forward, n):
@@ -429,7 +427,7 @@ def stand_in(s, images, f, device, resumed):
     torch.manual_seed(1)
     net = Classifier(len(images.classes), f)
     if resumed:
-        return net.eval().requires_grad_(False)
+        return net
     chosen = epoch_order(len(images), 1, 0)[:50_000]  # a folder is sorted by class
     x = torch.stack([images[i] for i in chosen.tolist()])
     net = train_classifier(net, x, images.labels[chosen], s.teacher_steps, 1, device, "stand-in teacher")
@@ -438,15 +436,14 @@ def stand_in(s, images, f, device, resumed):
     return net
 
 @torch.no_grad()
-def save_reconstructions(vae, images, path, device, n=8):
+def save_reconstructions(vae, images, path, device):
     """Rows of test images, the reconstructions of the posterior's mode below each -> their PSNR in dB."""
-    n = min(n, len(images))
+    n = min(8, len(images))
     count = n * min(2, len(images) // n)  # whole rows only
     x = torch.stack([to_float(images[i]) for i in torch.linspace(0, len(images) - 1, count).long().tolist()])
     x_hat = torch.cat([vae.decode(vae.encode(part.to(device)).mode()).cpu() for part in x.split(4)])
-    x_hat = x_hat.clamp(-1, 1)
-    rows = torch.stack([x.unflatten(0, (-1, n)), x_hat.unflatten(0, (-1, n))], dim=1)  # (rows, 2, n, ...)
-    save_grid(rows.flatten(0, 2), path, n)
+    x_hat = x_hat.clamp(-1, 1)  # like x (count, 3, S, S)
+    save_grid(torch.cat([torch.cat(rows) for rows in zip(x.split(n), x_hat.split(n))]), path, n)
     return (10 * torch.log10(4 / ((x - x_hat) ** 2).mean((1, 2, 3)))).mean().item()
 
 # --- Flags and errors ------------------------------------------------------------------------------
@@ -461,12 +458,7 @@ def inside(value, interval):
     return abs(value) < 2 ** 63 and (low < value < high or closed)
 
 def flag(name):
-    return "--" + name.replace("_", "-")
-
-def help_texts(cls):
-    """{setting: the comment beside it or below it}: --help says what a reader of the source sees."""
-    found = re.findall(r"^    (\w+): [^#]*(# .*(?:\n {8}# .*)*)", inspect.getsource(cls), re.MULTILINE)
-    return {name: " ".join(text.replace("#", " ").split()) for name, text in found}
+    return "--" + name.replace("_", "-")  # image_size -> --image-size
 
 def parse_settings(cls, presets, doc, argv=None):
     """argv -> a Settings: the class's values, under the preset's, under the flags. --image-size for
@@ -475,15 +467,17 @@ def parse_settings(cls, presets, doc, argv=None):
     first.add_argument("--preset", default="mini", choices=tuple(presets))
     settings = cls(**{"preset": "mini"} | presets[first.parse_known_args(argv)[0].preset])
     parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    texts = help_texts(cls)
+    # --help says what a reader of the source sees: the comment beside a setting or below it
+    found = re.findall(r"^    (\w+): [^#]*(# .*(?:\n {8}# .*)*)", inspect.getsource(cls), re.MULTILINE)
+    texts = {name: " ".join(text.replace("#", " ").split()) for name, text in found}
     for setting in fields(cls):
         name, kind = setting.name, type(setting.default)
         choices = tuple(presets) if name == "preset" else setting.metadata.get("choices")
+        text = texts[name] + (f": {', '.join(choices)}" if choices else "")
+        text = f"{text} (default: {getattr(settings, name)!r})".replace("%", "%%")
         options = {"type": kind, "choices": choices, "metavar": kind.__name__.upper()}
         if kind is bool:
             options = {"action": argparse.BooleanOptionalAction}
-        text = texts[name] + (f": {', '.join(choices)}" if choices else "")
-        text = f"{text} (default: {getattr(settings, name)!r})".replace("%", "%%")
         parser.add_argument(flag(name), help=text, **options)
     parser.parse_args(argv, settings)
     for setting in fields(cls):
@@ -500,16 +494,13 @@ def run_script(cls, presets, doc, work):
     signal.signal(signal.SIGINT, signal.default_int_handler)  # see the top of the script
     try:
         settings = parse_settings(cls, presets, doc)
-        if settings.device == "cpu" and "--compile" not in sys.argv and hasattr(settings, "compile"):
-            settings.compile = False  # a CPU compiles only when asked
+        if settings.device == "cpu":
+            settings.compile = "--compile" in sys.argv  # a CPU compiles only when asked
         work(settings, World(settings.device))
         status = 0
     except KeyboardInterrupt:
         message, status = "interrupted", 128 + signal.SIGINT
-    except OSError as error:
-        reason = error.strerror or one_line(error)
-        message = f"{error.filename or 'a file'} cannot be read or written: {reason}"
-    except (UserError, ValueError) as error:  # ValueError: of the networks, a size that does not fit
+    except (UserError, OSError, ValueError) as error:  # of files; of the networks, a size that does not fit
         message, status = one_line(error), getattr(error, "status", 1)
     except (RuntimeError, MemoryError) as error:
         message = one_line(error)
@@ -537,24 +528,25 @@ def one_line(error):
 class World:
     """The processes that work together: rank, size, device. Plain python is rank 0 of 1; under torchrun they
     join a group, NCCL on CUDA and gloo on CPU."""
-
     def __init__(self, device="cpu"):
         cuda = torch.cuda.is_available() and device != "cpu"
         require(cuda or device != "cuda", "--device cuda: there is no CUDA GPU here; use --device cpu")
-        self.rank = environment_number("RANK", "0")
-        self.size = environment_number("WORLD_SIZE", "1")
-        self.local = environment_number("LOCAL_RANK", "0")
-        require(self.rank < self.size, f"RANK={self.rank} is not below WORLD_SIZE={self.size}; use torchrun")
+        port = "0" if os.environ.get("WORLD_SIZE", "1") == "1" else ""
+        told = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": port}
+        told = {name: os.environ.get(name, default) for name, default in told.items()}
+        numbers = all(text.isdecimal() for text in told.values())
+        require(numbers and int(told["RANK"]) < int(told["WORLD_SIZE"]), f"{told} is not what torchrun sets")
+        self.rank, self.size, self.local, port = map(int, told.values())
         require("WORLD_SIZE" in os.environ or os.environ.get("SLURM_STEP_NUM_TASKS", "1") == "1",
                 "srun started processes that do not know of each other: one torchrun a node (see README)")
         self.device = torch.device("cuda", self.local) if cuda else torch.device("cpu")
         if cuda:
             torch.cuda.set_device(self.device)
-            # fp32 means TF32 on CUDA, as in the authors' code
+            # fp32 means TF32 on CUDA, as in the authors' LightningDiT (their tokenizer: convolutions only)
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
             torch.backends.cudnn.benchmark = True
         if self.size > 1:
-            where = f"{os.environ.get('MASTER_ADDR')}:{environment_number('MASTER_PORT', '')}"
+            where = f"{os.environ.get('MASTER_ADDR')}:{port}"
             self.print(f"waiting up to ten minutes for all {self.size} processes at {where}")
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # or Ctrl-C would wait, too
             dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=10))
@@ -567,7 +559,7 @@ class World:
             print(text, flush=True)
 
     def barrier(self):
-        if self.size > 1:
+        if self.size > 1:  # in the patient group: one may be downloading, or training the stand-in
             dist.barrier(group=self.patient)
 
     def mean(self, tensor):
@@ -599,14 +591,8 @@ class World:
             return net
         return DistributedDataParallel(net, broadcast_buffers=False, gradient_as_bucket_view=True)
 
-def environment_number(name, default):
-    text = os.environ.get(name, default)
-    require(text.isdecimal(), f"{name}={text} is not a number; torchrun sets it")
-    return int(text)
-
 class Stop:
     """SIGTERM and Ctrl-C ask to stop: the step is finished and saved. A second Ctrl-C kills."""
-
     def __init__(self, world):
         self.world, self.asked = world, 0  # the signal's number
         signal.signal(signal.SIGTERM, self.ask)
@@ -657,15 +643,16 @@ def atomic_write(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException as error:
+    except (OSError, RuntimeError) as error:  # a full disk's error names no file; torch.save's hides it
+        reason = getattr(error, "strerror", None) or "is the disk full?"
+        raise UserError(f"{path} cannot be written: {reason}; an old file is kept") from error
+    finally:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            error.filename = str(path)  # a full disk's error names no file
-        raise
 
 def locked(path):
     """Descriptor of a file, to append to, that this process alone holds until it ends (its loading processes
     do not: lockf, not flock). UserError if another one does."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     file = os.open(path, os.O_CREAT | os.O_RDWR | os.O_APPEND)
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -674,10 +661,7 @@ def locked(path):
     return file
 
 def save_checkpoint(state, path):
-    try:
-        atomic_write(path, lambda file: torch.save(state, file))
-    except RuntimeError as error:  # torch's zip writer hides the file's own error
-        raise UserError(f"{path} cannot be written: is the disk full? The old file is kept") from error
+    atomic_write(path, lambda file: torch.save(state, file))
 
 def write_json(path, value):
     atomic_write(path, lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))
@@ -690,11 +674,10 @@ def read_json(path, *names):
     return value
 
 def load_checkpoint(path, stage, hint):
-    """A checkpoint of ours of this stage: "vae", "dit", "teacher". hint: what to do if it is not there."""
-    require(Path(path).exists(), f"{path} does not exist: {hint}")
-    state = torch_load(path)
+    """A checkpoint of ours of this stage: "vae", "dit", "score_net". hint: what to do if it is not there."""
+    state = torch_load(path) if Path(path).exists() else None
     fits = isinstance(state, dict) and state.get("stage") == stage
-    require(fits, f"{path} is no {stage} checkpoint: {hint}")
+    require(fits, f"{path} is not there, or no {stage} checkpoint: {hint}")
     return state
 
 def resume(path, stage, settings):
@@ -703,11 +686,11 @@ def resume(path, stage, settings):
         return None
     state = load_checkpoint(path, stage, "remove it, or start over with --fresh")
     check_entries(state, path, "step", "total_steps", "settings", "identity")
-    same = [setting for setting in fields(settings) if setting.metadata.get("same", True)]
     # a setting that is younger than the file had its default
-    pairs = {s.name: (getattr(settings, s.name), state["settings"].get(s.name, s.default)) for s in same}
-    changed = [f"{flag(name)} {now!r} (checkpoint: {then!r})" for name, (now, then) in pairs.items()
-               if now != then]
+    then = {setting.name: setting.default for setting in fields(settings)} | state["settings"]
+    now = {setting.name: getattr(settings, setting.name) for setting in fields(settings)
+           if setting.metadata.get("same", True)}
+    changed = [f"{flag(k)} {now[k]!r} (checkpoint: {then[k]!r})" for k in now if now[k] != then[k]]
     require(not changed, f"{path} was made with other settings: {', '.join(changed)}; use those, another "
             "--out, or --fresh to start over")
     return state
@@ -718,13 +701,12 @@ def load_optimizer(optimizer, state, path):
         optimizer.load_state_dict(state)
         for weight, moments in optimizer.state.items():
             for name in ("exp_avg", "exp_avg_sq"):
-                whole = moments[name].shape == weight.shape and moments[name].isfinite().all()
-                require(whole, f"{path} is damaged: {name} in its optimizer is misshapen or not finite")
-                moments[name] = torch.empty_like(weight).copy_(moments[name])
+                moments[name] = torch.empty_like(weight).copy_(moments[name].view_as(weight))
+                require(moments[name].isfinite().all(), f"{path} is damaged: {name} of Adam is not finite")
 
 class Log:
-    """A line of metrics every so often, CSV and TensorBoard (if installed), and a watch over NaN."""
-
+    """A line of metrics every so often, CSV and TensorBoard (if installed), and a watch over NaN. A run logs
+    the same columns every time."""
     def __init__(self, path, world, step, batch_size):
         self.path, self.world, self.batch_size = Path(path), world, batch_size
         self.bad = {}  # term -> the first step at which it was not finite, kept on the device
@@ -732,16 +714,13 @@ class Log:
         self.board = None
         if world.rank > 0:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         self.file = locked(self.path)  # two runs in one folder would mix their files
         text = os.pread(self.file, os.fstat(self.file).st_size, 0)
         # a full disk leaves half a line
         whole = re.fullmatch(rb"(step,[\w,.]*(\n\d+,[\w,.+-]*)*(\n[\d,.e+-]*)?)?", text)
         require(whole, f"{path} is damaged, or not this script's: move it away to go on")
-        lines = [line for line in text.splitlines(keepends=True) if step and line.endswith(b"\n")]
-        kept = [line for line in lines if line[:1] == b"s" or int(line.split(b",")[0]) <= step]
-        os.truncate(self.file, sum(map(len, kept)))  # lines after the checkpoint will be written again
-        self.header = kept[0].decode().strip().split(",") if kept else []
+        ends = [line.end() for line in re.finditer(rb"(?m)^(\d+),.*\n", text) if int(line[1]) <= step]
+        os.truncate(self.file, max(ends, default=0))  # lines after the checkpoint will be written again
         with contextlib.suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
             self.board = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=step)
@@ -770,10 +749,9 @@ class Log:
         values["images_per_s"] = self.batch_size * (step - at) / max(time.time() - then, 1e-9)
         values["memory_gib"] = peak_memory(device)
         if self.world.rank == 0:
-            text = "" if self.header else ",".join(["step", *values]) + "\n"
-            self.header = self.header or ["step", *values]
-            row = [values.get(name, math.nan) for name in self.header[1:]]
-            cells = ["" if math.isnan(value) else f"{value:.6g}" for value in row]  # empty: not measured
+            text = "" if os.fstat(self.file).st_size else ",".join(["step", *values]) + "\n"
+            # empty: not measured
+            cells = ["" if math.isnan(value) else f"{value:.6g}" for value in values.values()]
             with reading(self.path):  # through the one descriptor: closing another would end the lock
                 os.write(self.file, (text + ",".join([str(step), *cells]) + "\n").encode())
             for name in values if self.board else ():
@@ -783,7 +761,6 @@ class Log:
 class DiskArrays:
     """Arrays (n, *shape) in folder/NAME.npy that several processes fill chunk by chunk, and a killed run goes
     on filling. arrays: {name: (shape of a row, dtype)}; key: what must be equal to go on."""
-
     def __init__(self, folder, n, chunk, arrays, key, world, fresh=False):
         self.folder, self.world, self.chunk = Path(folder), world, chunk
         self.chunks = [(start, min(start + chunk, n)) for start in range(0, n, chunk)]
@@ -795,20 +772,16 @@ class DiskArrays:
     def prepare(self, n, arrays, key, fresh):
         """The note of what this folder is for, the empty arrays, the marks, in this order: a kill may come
         between any two. UserError if the folder is another's, in use, or damaged."""
-        for name in arrays:
-            path = self.folder / f"{name}.npy"
-            require(self.note.exists() or not path.exists(),
-                    f"{path} is there already and not this run's: use another folder")
-        self.folder.mkdir(parents=True, exist_ok=True)
+        for path in (self.folder / f"{name}.npy" for name in arrays):
+            require(self.note.exists() or not path.exists(), f"{path} is not this run's: use another folder")
         self.lock = locked(self.folder / "lock")  # until the process ends
         if self.note.exists() and not fresh:
             made = read_json(self.note)
             other = [f"{k} {made.get(k)!r} (now {key[k]!r})" for k in key if made.get(k) != key[k]]
-            require(not other, f"{self.folder} was begun with other settings: {', '.join(other)}; repeat "
-                    "those, remove the folder, or (samples) start over with --fresh")
+            require(not other, f"{self.folder} was begun with other settings: {', '.join(other)}; use those, "
+                    "or remove the folder")
             if self.marks.exists():
-                made = [(self.array(name).shape, self.array(name).dtype) for name in arrays]
-                whole = made == [((n, *shape), dtype) for shape, dtype in arrays.values()]
+                whole = all(self.array(name).shape == (n, *arrays[name][0]) for name in arrays)
                 whole = whole and self.marks.stat().st_size == len(self.chunks)
                 return require(whole, f"{self.folder} is damaged: remove it")
         self.marks.unlink(missing_ok=True)  # else a kill now would leave the old ones
@@ -835,8 +808,8 @@ class DiskArrays:
         """The chunk from row `start` of every array: its data is on the disk before its mark."""
         for name, values in rows.items():
             array = self.array(name)
-            data = np.ascontiguousarray(values, array.dtype)
-            self.put(f"{name}.npy", array.offset + start * array[:1].nbytes, data.tobytes())
+            data = np.asarray(values, array.dtype).tobytes()
+            self.put(f"{name}.npy", array.offset + start * array[:1].nbytes, data)
         self.put("marks", start // self.chunk, b"\1")
 
     def put(self, name, offset, data):
@@ -881,10 +854,10 @@ def to_uint8(images):
 
 def save_grid(images, path, nrow):
     """images (N, 3, H, W) in [-1, 1] -> a PNG with nrow of them in a row, small ones enlarged."""
+    # (3, height, width), two white pixels between images
     grid = torchvision.utils.make_grid(to_uint8(images).cpu(), nrow=nrow, padding=2, pad_value=255)
-    scale = max(1, 96 // images.shape[-1])
     picture = Image.fromarray(grid.permute(1, 2, 0).numpy())
-    picture = picture.resize((picture.width * scale, picture.height * scale), Image.NEAREST)
+    picture = ImageOps.scale(picture, max(1, 96 // images.shape[-1]), Image.NEAREST)
     atomic_write(path, lambda file: picture.save(file, "PNG"))
 
 def center_crop(image, size, where=None):
@@ -892,53 +865,46 @@ def center_crop(image, size, where=None):
     large, bicubic to the exact short side, cut out the middle."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
-    return square(image, size, Image.BICUBIC)
+    return random_crop(image, size, None, Image.BICUBIC)
 
-def random_crop(image, size, where):
+def random_crop(image, size, where, method=Image.BILINEAR):
     """The authors' crop for training, (3, size, size): bilinear to the exact short side, then the square at
-    `where` (top, left), two uniform numbers in [0, 1)."""
-    return square(image, size, Image.BILINEAR, where)
-
-def square(image, size, method, where=None):
-    """A PIL image, resized to the exact short side -> the square in its middle, or at `where`."""
-    scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), method)
+    `where` (top, left), two uniform numbers in [0, 1); None: in the middle."""
+    image = ImageOps.scale(image, size / min(image.size), method)
     top, left = (image.height - size) // 2, (image.width - size) // 2
     if where:
         top, left = int(where[0] * (image.height - size + 1)), int(where[1] * (image.width - size + 1))
     image = image.crop((left, top, left + size, top + size))
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3, size, size)
 
-def outline(n, inner=1.0, radius=1.0, y=0.0):
-    """(2n, 2) points around (0, y), radius and radius * inner in turn, the first at the top: n = 5 with inner
-    0.4 is a star, n = 24 nearly a circle."""
+def outline(n, inner=1.0):
+    """(2n, 2) points around 0 with radius 1 and `inner` in turn, the first at the top: n = 5 is a star."""
     angle = np.arange(2 * n) * math.pi / n
-    length = radius * np.tile([1.0, inner], n)
-    return np.stack([length * np.sin(angle), y - length * np.cos(angle)], axis=1)
+    return np.stack([np.sin(angle), -np.cos(angle)], axis=1) * np.tile([1.0, inner], n)[:, None]
 
+DISC = outline(24)  # nearly a circle
 ANGLE = np.arange(48) * math.pi / 24
 HEART = 13 * np.cos(ANGLE) - 5 * np.cos(2 * ANGLE) - 2 * np.cos(3 * ANGLE) - np.cos(4 * ANGLE)
 # Outlines in [-1, 1]^2, y downwards. A second one is cut out.
 SHAPES = {
-    "disc": [outline(24)],
-    "ring": [outline(24), outline(24, radius=0.5)],
+    "disc": [DISC],
+    "ring": [DISC, 0.5 * DISC],
     "square": [[(-0.8, -0.8), (0.8, -0.8), (0.8, 0.8), (-0.8, 0.8)]],
     "triangle": [[(0, -1), (0.95, 0.75), (-0.95, 0.75)]],
     "star": [outline(5, inner=0.42)],
     "cross": [[(-0.3, -1), (0.3, -1), (0.3, -0.3), (1, -0.3), (1, 0.3), (0.3, 0.3),
                (0.3, 1), (-0.3, 1), (-0.3, 0.3), (-1, 0.3), (-1, -0.3), (-0.3, -0.3)]],
     "heart": [np.stack([np.sin(ANGLE) ** 3, -HEART / 17], axis=1)],
-    "crescent": [outline(24), outline(24, radius=0.8, y=-0.5)],
+    "crescent": [DISC, 0.8 * DISC - (0, 0.5)],
     "arrow": [[(0, -1), (0.8, 0), (0.3, 0), (0.3, 1), (-0.3, 1), (-0.3, 0), (-0.8, 0)]],
     "hourglass": [[(-0.75, -0.95), (0.75, -0.95), (-0.75, 0.95), (0.75, 0.95)]],
 }
 
 def draw_shape(seed, index, size=32):
-    """Picture `index` of set `seed` -> (uint8 (size, size, 3), label = index % 10). Ours.
+    """Picture `index` of set `seed`, an RGB PIL image whose class is index % 10. Ours.
     A flat shape on a flat ground: only the shape tells the class. A pure function of its arguments, so no
     picture depends on worker, batch or order. Drawn four times too large, then averaged."""
     rng = np.random.default_rng([seed, index])
-    label = index % len(SHAPES)
     # 65 to 80 % of the frame, turned by up to 10 degrees, near the middle: so much two cores learn in minutes
     radius, turn = rng.uniform(0.65, 0.8), rng.uniform(-1, 1) * math.pi / 18
     centre = rng.uniform(-0.5, 0.5, 2) * (1 - radius)
@@ -948,10 +914,10 @@ def draw_shape(seed, index, size=32):
     lightness = rng.permutation([rng.uniform(15, 30), rng.uniform(70, 85)])
     ink, ground = (f"hsl({hue:.0f},60%,{light:.0f}%)" for light in lightness)
     image = Image.new("RGB", (4 * size, 4 * size), ground)
-    for points, colour in zip(list(SHAPES.values())[label], (ink, ground)):
+    for points, colour in zip(list(SHAPES.values())[index % len(SHAPES)], (ink, ground)):
         points = (1 + centre + radius * np.asarray(points) @ rotation) * (2 * size)
         ImageDraw.Draw(image).polygon([tuple(point) for point in points], fill=colour)
-    return np.array(image.reduce(4)), label
+    return image.reduce(4)
 
 TORCHVISION = {"cifar10": torchvision.datasets.CIFAR10, "fashion-mnist": torchvision.datasets.FashionMNIST,
                "imagenette": torchvision.datasets.Imagenette}
@@ -960,7 +926,6 @@ class Images(Dataset):
     """Labelled images: [i] -> crop(image i, size), uint8 (3, S, S). .labels (N,) int64, .classes names,
     .identity a hash of the list of files and classes: a folder may move.
     data: see Settings. split: "train" or "test"."""
-
     def __init__(self, data, split, image_size, crop=center_crop):
         self.data, self.size, self.crop = data, image_size, crop
         if data == "shapes":
@@ -981,19 +946,17 @@ class Images(Dataset):
     def __len__(self):
         return len(self.labels)
 
-    def __getitem__(self, i):
-        return self.load(i)
-
     def load(self, i, where=(0.5, 0.5)):
         """Image i; where (top, left): for a random crop."""
         item = self.source[i]
         if self.data == "shapes":
-            item = Image.fromarray(draw_shape(0, item, self.size)[0])
+            item = draw_shape(0, item, self.size)
         elif isinstance(item, tuple):  # of torchvision: image, label
             item = item[0].convert("RGB")
         else:
             item = open_image(item)
         return self.crop(item, self.size, where)
+    __getitem__ = load
 
 def open_image(path):
     """A file -> an RGB PIL image. UserError names a file that cannot be read."""
@@ -1022,19 +985,19 @@ def list_folder(folder, split):
     training images for both. Without a split of its own, every tenth image is a test image."""
     require(folder.is_dir(), f"--data {folder} is neither a folder nor shapes, {', '.join(TORCHVISION)}")
     train = folder / "train" if (folder / "train").is_dir() else folder
-    classes = sorted(entry.name for entry in train.iterdir() if entry.is_dir())
     root, pairs = train, []
     if split == "test" and train != folder:
-        names = [name for name in ("val", "test", "validation") if (folder / name).is_dir()]
-        require(names, f"{folder} has a folder train but none of val, test, validation")
-        root = folder / names[0]
-        unknown = sorted({entry.name for entry in root.iterdir() if entry.is_dir()} - set(classes))
-        require(not unknown, f"{root} has classes that {train} lacks: {', '.join(unknown[:3])}")
+        root = next(filter(Path.is_dir, map(folder.joinpath, ("val", "test", "validation"))), None)
+        require(root, f"{folder} has a folder train but none of val, test, validation")
+    classes, _ = find_classes(train)
+    unknown = sorted(set(find_classes(root)[0]) - set(classes))
+    require(not unknown, f"{root} has classes that {train} lacks: {', '.join(unknown[:3])}")
     for label, name in enumerate(classes):
-        loop = (root / name).resolve() in [root.resolve(), *root.resolve().parents]
-        require(not loop, f"the class folder {root / name} is a link to a folder that it stands in")
-        found = sorted(path for path in (root / name).rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
-        require(found or root != train, f"the class folder {root / name} holds no images")
+        place = root / name
+        # rglob follows no links: a folder that is linked twice would count its images twice
+        found = sorted(path for path in place.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
+        above = root.resolve().is_relative_to(place.resolve())  # a link, to where it stands or further up
+        require(not above and (found or root != train), f"the class folder {place} has no images of its own")
         pairs += [(path, label) for path in found]
     if train == folder:
         pairs = [pair for i, pair in enumerate(pairs) if (i % 10 == 9) == (split == "test")]
@@ -1048,13 +1011,12 @@ def epoch_order(n, seed, epoch):
 def batch_indices(n, batch_size, step, seed):
     """Indices (batch_size,) of training step `step`, from 0: within an epoch none twice and none lost.
     The epochs' orders stand one behind the other and are cut into batches: a function of (seed, step)."""
-    place = torch.arange(step * batch_size, (step + 1) * batch_size)
+    place = torch.arange(step * batch_size, (step + 1) * batch_size)  # in the epochs' orders, all in a row
     epochs = range(int(place[0]) // n, int(place[-1]) // n + 1)
     return torch.cat([epoch_order(n, seed, epoch)[place[place // n == epoch] % n] for epoch in epochs])
 
 class ImageBatches(Dataset):
     """[step] -> this process's share of the step's images, uint8 (b, 3, S, S), cropped and mirrored."""
-
     def __init__(self, images, settings, share):
         self.images, self.settings, self.share = images, settings, share
 
@@ -1063,7 +1025,7 @@ class ImageBatches(Dataset):
         index = batch_indices(len(self.images), s.batch_size, step, s.seed)[self.share]
         # three uniform numbers an image: mirrored or not, top and left of the crop
         generator = step_generator("cpu", s.seed, "crop", step)
-        chance = torch.rand(s.batch_size, 3, generator=generator)[self.share]
+        chance = torch.rand(s.batch_size, 3, generator=generator)[self.share]  # (b, 3)
         x = torch.stack([self.images.load(i, c[1:]) for i, c in zip(index.tolist(), chance.tolist())])
         if s.flip:
             x = torch.where(chance[:, :1, None, None] < 0.5, x.flip(3), x)

@@ -11,13 +11,15 @@ Read it top to bottom:
 Eq. 1, Z' = W Z, is a 1x1 convolution without bias, `linear_proj` in train_vae.py: it is trained with
 the tokenizer and thrown away with the loss. Eq. 5 stands in train_vae.py's train_step.
 """
+from itertools import pairwise
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from vae import UserError, autocast, hub_file
+from vae import UserError, autocast, hub_file, reading
 
 
 def marginal_cosine_loss(z, f, margin=0.5):
@@ -54,12 +56,12 @@ def vf_loss(z_proj, f, cos_margin, mdms_margin, use_mcos=True, use_mdms=True):
 
 def adaptive_weight(rec_loss, other_loss, weight, max_weight=1e8):
     """Two scalar losses with a graph to `weight` -> w_adaptive, a scalar without gradient [Sec. 3.3].
-    It makes the other loss pull on `weight` as hard as L_rec does: "ensuring that L_vf and L_rec have
-    similar impacts". The graph is kept. Used twice, each time at the last layer that both losses share:
-      VF loss   encoder.conv_out ("the last convolutional layer of the encoder"). All that a loss tells
-                the encoder passes through it, and a gradient there costs no way back through the
-                encoder. quant_conv, the 1x1 after it, belongs to the bottleneck: the paper gives no
-                reason, the authors' code takes conv_out.
+    It makes the other loss pull on `weight` as hard as L_rec does: "ensuring that L_vf and L_rec have similar
+    impacts". The graph is kept. Used twice, each time at the last layer that both losses share:
+      VF loss   encoder.conv_out ("the last convolutional layer of the encoder"). All that a loss tells the
+                encoder passes through it, and a gradient there costs no way back through the encoder.
+                quant_conv, the 1x1 after it, belongs to the bottleneck: the paper gives no reason, the
+                authors' code takes conv_out.
       GAN       decoder.conv_out, as in VQGAN, from which the paper takes the idea."""
     rec_grad, = torch.autograd.grad(rec_loss, weight, retain_graph=True)  # (*weight.shape)
     other_grad, = torch.autograd.grad(other_loss, weight, retain_graph=True)
@@ -77,7 +79,6 @@ class FoundationModel(nn.Module):
     """Image x (B, 3, H, W) in [-1, 1], grid (h, w) -> features F (B, d_f, h, w), fp32, no gradient.
     tokens(net, x) -> (B, d_f, h, w). patch: its patch size in pixels; the image is resized so that the patch
     grid is the latent's grid: 256 -> 224 for patch 14 and 16x16. 0: convolutional, no resizing."""
-
     def __init__(self, net, tokens, width, patch, mean, std):
         super().__init__()
         self.net = net.eval().requires_grad_(False)
@@ -87,9 +88,6 @@ class FoundationModel(nn.Module):
         self.bf16 = True  # on CUDA
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
-
-    def train(self, mode=True):
-        return super().train(False)  # a teacher is never in training mode
 
     @torch.no_grad()  # this stops the teacher's gradient: F is a target, "a frozen model" [Sec. 3.1]
     def forward(self, x, grid):
@@ -107,8 +105,6 @@ class FoundationModel(nn.Module):
 
 # === Plumbing: nothing of the paper below this line ===
 DINOV2_COMMIT = "b8931f7bf91576930313be2c6d6af376033b35f0"  # code from the network runs here: pinned
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)  # as mean and std: leaves x in [-1, 1]
 # [Table 4] ViT-L of each. OpenAI trained CLIP with QuickGELU: timm's name without it has another GELU.
 TIMM_MODELS = {"mae": "vit_large_patch16_224.mae", "sam": "samvit_large_patch16.sa1b",
@@ -119,61 +115,48 @@ def load_foundation_model(name, grid=(16, 16), vf_input="model", mini=None):
     """Name -> FoundationModel: dinov2 (ViT-L/14), dinov2-s, -b, -l, -g, mae, clip, sam, or mini.
     grid: the latent's (h, w). vf_input "authors": images in [-1, 1] without the model's mean and std ("a
     small bug", they say) and fp32; for dinov2 timm's port, whose position table is resized with antialias.
-    mini: the trained Classifier that stands in. .width is d_f."""
-    authors = vf_input == "authors"
+    mini: the trained Classifier that stands in. .width is d_f. KeyError: there is no such model."""
     if name == "mini":
         return FoundationModel(mini, lambda net, x: net.features(x), mini.width, 0, HALF, HALF)
-    if name in ("mae", "clip", "sam") or (name == "dinov2" and authors):
-        model = load_timm(name, grid)
-    elif name in ("dinov2", "dinov2-s", "dinov2-b", "dinov2-l", "dinov2-g"):
-        model = load_dinov2(name[7:] or "l")
+    family, _, size = name.partition("-")
+    if family == "dinov2" and (size or vf_input != "authors"):
+        model = load_dinov2(size or "l")
     else:
-        raise ValueError(f"unknown foundation model {name!r}: dinov2, dinov2-s, -b, -l, -g, mae, clip, sam")
-    if authors:
+        model = load_timm(name, grid)
+    if vf_input == "authors":
         model.mean.fill_(0.5)
         model.std.fill_(0.5)
         model.bf16 = False
     return model
 
-def to_map(tokens, x, patch):
-    """Tokens (B, N, C) of x (B, 3, H, W) -> (B, C, h, w), row by row, as every ViT orders its patches."""
-    return tokens.mT.unflatten(2, (x.shape[-2] // patch, x.shape[-1] // patch))
-
 def load_dinov2(size="l"):
     """DINOv2 ViT-s/b/l/g 14 from torch.hub: the last layer's normalised patch tokens, no class token."""
-    repo = f"facebookresearch/dinov2:{DINOV2_COMMIT}"
+    hub, name = torch.hub.get_dir(), f"dinov2_vit{size}14"
     try:
         # skip_validation: or torch.hub asks GitHub whether the commit is a branch's newest
-        net = torch.hub.load(repo, f"dinov2_vit{size}14", trust_repo=True, skip_validation=True,
-                             verbose=False)
+        net = torch.hub.load(f"facebookresearch/dinov2:{DINOV2_COMMIT}", name, trust_repo=True,
+                             skip_validation=True, verbose=False)
     except OSError as error:
-        hub = torch.hub.get_dir()
         raise UserError(
-            f"cannot load DINOv2 ({error}); without a network, unpack github.com/facebookresearch/dinov2 "
-            f"at {DINOV2_COMMIT} as {hub}/facebookresearch_dinov2_{DINOV2_COMMIT}, put dl.fbaipublicfiles."
-            f"com/dinov2/dinov2_vit{size}14/dinov2_vit{size}14_pretrain.pth in {hub}/checkpoints, "
-            "or use --vf none")
-
-    def tokens(net, x):
-        return to_map(net.forward_features(x)["x_norm_patchtokens"], x, 14)
-    return FoundationModel(net, tokens, net.embed_dim, 14, IMAGENET_MEAN, IMAGENET_STD)
+            f"cannot load DINOv2 ({error}); without a network, unpack github.com/facebookresearch/dinov2 at "
+            f"{DINOV2_COMMIT} as {hub}/facebookresearch_dinov2_{DINOV2_COMMIT}, put dl.fbaipublicfiles.com/"
+            f"dinov2/{name}/{name}_pretrain.pth in {hub}/checkpoints, or use --vf none")
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
+    return FoundationModel(net, lambda net, x: net.get_intermediate_layers(x, 1, reshape=True, norm=True)[0],
+                           net.embed_dim, 14, mean, std)
 
 def load_timm(name, grid):
     """MAE, CLIP, SAM [Sec. 6.2] or DINOv2 from timm (optional). CLIP's patch tokens are projected to the
     joint space, as the authors say they did."""
-    try:
-        import timm
-    except ImportError:
-        raise UserError(f"--vf {name} needs the package timm: pip install timm")
     model = TIMM_MODELS[name]
-    config = timm.models.get_pretrained_cfg(model)
+    with reading(f"--vf {name}"):
+        import timm
     weights = hub_file(f"https://huggingface.co/timm/{model}/resolve/main/model.safetensors",
                        name=f"{model}.safetensors")
-    options = {"pretrained_cfg_overlay": {"file": str(weights)}}
-    if name != "sam":
-        options["dynamic_img_size"] = True  # any image size; SAM's ViT takes it anyway
-    net = timm.create_model(model, pretrained=True, **options).eval()
-    patch = 14 if "patch14" in model else 16
+    # any image size; SAM's ViT takes it anyway
+    dynamic = {} if name == "sam" else {"dynamic_img_size": True}
+    net = timm.create_model(model, pretrained=True, pretrained_cfg_overlay={"file": str(weights)}, **dynamic)
+    patch, config = net.patch_embed.patch_size[0], net.pretrained_cfg
 
     def tokens(net, x):
         f = net.forward_features(x)
@@ -182,26 +165,24 @@ def load_timm(name, grid):
         f = f[:, net.num_prefix_tokens:]  # (B, N, C) without the class token
         if name == "clip":
             f = net.head(f)  # (B, N, 768), the joint space
-        return to_map(f, x, patch)
+        # to (B, C, h, w): row by row, as every ViT orders its patches
+        return f.mT.unflatten(2, (x.shape[-2] // patch, x.shape[-1] // patch))
     width = tokens(net, torch.zeros(1, 3, grid[0] * patch, grid[1] * patch)).shape[1]
-    return FoundationModel(net, tokens, width, patch, config.mean, config.std)
+    return FoundationModel(net, tokens, width, patch, config["mean"], config["std"])
 
 class Classifier(nn.Module):
     """Ours: a small convolutional classifier, x (B, 3, S, S) in [-1, 1] -> logits (B, classes).
     In one shape it stands in for DINOv2 in preset mini, in another it is fid.py's score network. stride:
-    image size over map size, a power of two. width: channels of the map. blocks: convolutions at the map's
-    size. The map is standardised per channel, by a BatchNorm without weights: after a ReLU it would have a
-    large common mean, every cosine would be high and no margin of Eq. 2, 3 exceeded."""
-
-    def __init__(self, classes, stride, width=64, blocks=1):
+    image size over map size, a power of two. width: channels of the map. The map is standardised per
+    channel, by a BatchNorm without weights: after a ReLU it would have a large common mean, every cosine
+    would be high and no margin of Eq. 2, 3 exceeded."""
+    def __init__(self, classes, stride, width=64):
         super().__init__()
-        # log2(stride) halvings, the first narrower, since its map is the largest; then the blocks
-        halvings = stride.bit_length() - 1
-        plan = [(width // 2, 2)] + [(width, 2)] * (halvings - 1) + [(width, 1)] * blocks
-        layers, c_in = [], 3
-        for c, step in plan:
+        # log2(stride) convolutions that halve, the first narrower, since its map is the largest; one more
+        halvings, layers = stride.bit_length() - 1, []
+        for i, (c_in, c) in enumerate(pairwise([3, width // 2] + [width] * halvings)):
+            step = 2 if i < halvings else 1
             layers += [nn.Conv2d(c_in, c, 3, step, 1, bias=False), nn.BatchNorm2d(c), nn.ReLU()]
-            c_in = c
         self.net = nn.Sequential(*layers[:-2], nn.BatchNorm2d(width, affine=False))
         self.head = nn.Linear(width, classes)
         self.width = width

@@ -509,7 +509,7 @@ def paper_reconstruction(scores):
     tokenizer = scores.get("tokenizer", {"settings": {}})
     settings = tokenizer["settings"]
     row = "table2-f16d32-dinov2" if settings.get("preset") == "imagenet256" else settings.get("preset")
-    same = as_preset(train_vae, settings) and tokenizer.get("protocol") == PROTOCOL
+    same = as_preset(train_vae, settings) and PROTOCOL.items() <= tokenizer.items()
     return PAPER_SCORES.get(row, []) if same and scores["features"] == "inception" else []
 
 

@@ -253,8 +253,7 @@ def test_table_puts_the_paper_beside_the_same_setting_only(tmp_path):
         values = {"FID": 16.1, "sFID": 5, "IS": 100, "precision": 0.7, "recall": 0.6}
         (tmp_path / name / "scores.json").write_text(json.dumps({
             "run": name, "features": features, "network": "",
-            "tokenizer": {"values": tokenizer, "images": 50_000, "settings": setting,
-                          "protocol": protocol},
+            "tokenizer": {"values": tokenizer, "images": 50_000, "settings": setting, **protocol},
             "samples": {"values": values, "images": images, "meta": meta}}))
         return str(tmp_path / name)
 

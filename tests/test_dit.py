@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dit
 from dit import SIZES, LightningDiT
-from vae import UserError
+from vae import UserError, load_weights
 
 TINY = {"input_size": 4, "in_channels": 3, "hidden_size": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
 
@@ -427,9 +427,9 @@ def test_released_weights_are_found_in_every_layout(tmp_path):
         torch.save(state, tmp_path / "file.pt")
         got = dit.read_released_dit(tmp_path / "file.pt")
         assert got.keys() == weights.keys() and all(torch.equal(got[k], v) for k, v in weights.items())
-    for state in ([1, 2], {"step": 3}, {"ema": {"a": 1}}):
+    for state in ([1, 2], {"step": 3}, {"ema": {"a": 1}}, {"ema": [1]}, {"model": {1: 2}}):
         torch.save(state, tmp_path / "no.pt")
-        with pytest.raises(UserError, match="no.pt holds no LightningDiT weights"):
-            dit.read_released_dit(tmp_path / "no.pt")
+        with pytest.raises(UserError, match="no.pt (cannot be read|does not fit)"):
+            load_weights(LightningDiT(**TINY), dit.read_released_dit(tmp_path / "no.pt"), tmp_path / "no.pt")
     with pytest.raises(UserError, match="none.pt does not exist"):
         dit.read_released_dit(tmp_path / "none.pt")

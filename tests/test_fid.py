@@ -2,6 +2,7 @@
 import hashlib
 import json
 import sys
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -139,7 +140,7 @@ def test_mean_and_covariance_are_numpy_s_and_batches_keep_their_order():
     pool, spatial = gaussian(rng, 230, 12, 3.0), gaussian(rng, 230, 7)
     parts = [[torch.from_numpy(v[start:start + 64]) for v in (pool, spatial)] for start in range(0, 230, 64)]
     for got, expected in zip(fid.together(parts, WORLD), (pool, spatial)):
-        for ours, theirs in zip(fid.gaussian(got, "cpu"), fit(expected)):
+        for ours, theirs in zip(fid.gaussian(got), fit(expected)):
             np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
@@ -189,7 +190,7 @@ def test_inception_features_equal_torch_fidelity(inception_cache, monkeypatch, t
     net = load_inception(inception_cache, monkeypatch, tmp_path)
     theirs = extractor.FeatureExtractorInceptionV3("x", ["2048", "logits_unbiased"], str(inception_cache[1]))
     x = photos(2, *size)
-    pool, spatial, probs = net.features(x)
+    pool, spatial, probs = net(x)
     expected, logits = theirs(x)
     assert (pool - expected).abs().max() < 1e-4 * expected.abs().max() and expected.std() > 0.01
     assert (probs - logits.softmax(1)).abs().max() < 1e-4
@@ -210,9 +211,9 @@ def test_inception_features_equal_pytorch_fid(inception_cache, monkeypatch, tmp_
     theirs = inception.InceptionV3().eval()
     x = photos(2, 64, 80)
     expected = theirs(x / 255)[0].flatten(1)
-    pool = load_inception(inception_cache, monkeypatch, tmp_path, "pytorch-fid").features(x)[0]
+    pool = load_inception(inception_cache, monkeypatch, tmp_path, "pytorch-fid")(x)[0]
     assert (pool - expected).abs().max() < 1e-4 * expected.abs().max()
-    tf = load_inception(inception_cache, monkeypatch, tmp_path).features(x)[0]
+    tf = load_inception(inception_cache, monkeypatch, tmp_path)(x)[0]
     assert (tf - expected).abs().max() > 1e-3 * expected.abs().max()      # the switch does something
 
 
@@ -281,13 +282,13 @@ def test_folder_names_what_is_wrong(tmp_path):
 def test_a_batch_is_checked_when_it_is_opened(tmp_path, arrays, word):
     np.savez(tmp_path / "bad.npz", **arrays)
     with pytest.raises(UserError, match=f"bad.npz.*{word}"):
-        fid.Pictures(tmp_path / "bad.npz")
+        fid.Pictures(tmp_path / "bad.npz", wanted=fid.STATISTICS)
 
 
 class Toy(torch.nn.Module):
     """Features that are quick and known: 2x2 average-pooled pixels."""
 
-    def features(self, images):
+    def forward(self, images):
         pool = torch.nn.functional.adaptive_avg_pool2d(images.float(), 2).flatten(1)
         return pool, pool[:, :5], pool.softmax(1)
 
@@ -304,16 +305,18 @@ def test_adm_reference_statistics_are_used_where_they_fit(tmp_path, monkeypatch)
                      reference=tmp_path / reference, **change)
         return fid.open_run(s, WORLD)[3], s
 
+    def target(source, s):
+        return fid.gather(source, Toy(), s, WORLD, "x") | source.statistics
+
     source, s = opened("adm.npz", "adm.npz", features="inception")
-    got = fid.reference_features(source, Toy(), s, WORLD)
+    got = target(source, s)
     assert all((got[k] == v).all() for k, v in stored.items()) and got["pool"].shape == (40, 12)
     ours = fid.gather(source, Toy(), s, WORLD, "x")
-    bare, s = opened("adm.npz", "bare.npz", features="inception")
-    values = fid.compare(ours, fid.reference_features(bare, Toy(), s, WORLD), "abcde", "cpu")
-    assert values["a"] > 0 and values["d"] is None                       # no images, no precision
+    values = fid.compare(ours, target(*opened("adm.npz", "bare.npz", features="inception")))
+    assert values["FID"] > 0 and values["precision"] is None             # no images, no precision
     for change in ({}, {"features": "inception", "inception_input": "pytorch-fid"}):
-        got = fid.reference_features(opened("adm.npz", "adm.npz", **change)[0], Toy(), s, WORLD)
-        np.testing.assert_allclose(got["mu"], ours[0].mean(0), rtol=1e-6)   # not of these features
+        got = target(*opened("adm.npz", "adm.npz", **change))
+        np.testing.assert_allclose(got["mu"], ours["pool"].mean(0), rtol=1e-6)   # not of these features
         with pytest.raises(UserError, match="bare.npz"):
             opened("adm.npz", "bare.npz", **change)
     np.savez(tmp_path / "large.npz", arr_0=x.repeat(2, 1))
@@ -425,19 +428,18 @@ def test_tokenizer_scores_equal_the_authors_protocol(inception_cache, monkeypatc
 
 def test_noise_raises_every_distance_monotonically(tmp_path):
     torch.manual_seed(0)
-    net = fid.ScoreNet(fid.Classifier(10, 8, width=96).eval().requires_grad_(False))
+    classifier = fid.Classifier(10, 8, width=96).eval().requires_grad_(False)
     x, s = photos(500, 32, 32), settings(tmp_path)
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
 
     def features(level):
-        return fid.gather(list((x + level * noise).round().clamp(0, 255).to(torch.uint8)), net, s, WORLD, "x")
+        images = list((x + level * noise).round().clamp(0, 255).to(torch.uint8))
+        return fid.gather(images, partial(fid.score_net, classifier), s, WORLD, "x")
 
-    np.savez(tmp_path / "x.npz", arr_0=x.permute(0, 2, 3, 1))
-    reference = fid.reference_features(fid.Pictures(tmp_path / "x.npz"), net, s, WORLD)
-    scores = [fid.compare(features(level), reference, ("FID", "sFID", "IS", "p", "r"), "cpu")
-              for level in (0, 5, 15, 40, 100)]
+    reference = features(0)
+    scores = [fid.compare(features(level), reference) for level in (0, 5, 15, 40, 100)]
     assert abs(scores[0]["FID"]) < 1e-6 and abs(scores[0]["sFID"]) < 1e-6
-    assert scores[0]["p"] == scores[0]["r"] == 1
+    assert scores[0]["precision"] == scores[0]["recall"] == 1
     for name in ("FID", "sFID"):
         assert all(a[name] < b[name] for a, b in pairwise(scores)), name
 
@@ -446,14 +448,13 @@ def test_noise_raises_every_distance_monotonically(tmp_path):
 
 def test_uniformity_measures_equal_loops():
     d = np.random.default_rng(0).random(60)
-    points = np.zeros((60, 2))
-    got = fid.uniformity(points, d)
+    got = fid.density_measures(d)
     differences = sum(np.abs(a - d).sum() for a in d)
     assert got["gini"] == pytest.approx(differences / (2 * 60 ** 2 * d.mean()), rel=1e-9)
     assert got["density cv"] == pytest.approx(np.sqrt(((d - d.mean()) ** 2).mean()) / d.mean(), rel=1e-9)
     entropy = -sum(p * np.log2(p) for p in d / d.sum()) / np.log2(60)
     assert got["normalized entropy"] == pytest.approx(entropy, rel=1e-9)
-    even = fid.uniformity(points, np.full(60, 3.0))
+    even = fid.density_measures(np.full(60, 3.0))
     assert list(even.values()) == pytest.approx([0, 0, 1], abs=1e-12)
 
 
@@ -503,7 +504,9 @@ def test_latent_vectors_and_embeddings(tmp_path):
     assert (fid.latent_vectors(theirs, seed=0) == got).all()
     torch.save(torch.from_numpy(z[:, :2, 0, 0]), tmp_path / "flat.pt")
     flat = fid.latent_vectors(tmp_path / "flat.pt", seed=0)
-    assert np.allclose(np.sort(flat[:, 0]), np.sort(z[:, 0, 0, 0])) and fid.embed(flat, "tsne", 0) is flat
+    given = np.sort(z[:, 0, 0, 0].astype(float))
+    assert np.allclose(np.sort(flat[:, 0]), (given - given.mean()) / given.std())
+    assert fid.embed(flat, "tsne", 0) is flat
     pca = fid.embed(got, "pca", 0)
     assert np.allclose(np.sort(np.linalg.eigvalsh(np.cov(got.T)))[-2:], np.sort(pca.var(0, ddof=1)))
     pytest.importorskip("sklearn")
@@ -525,7 +528,6 @@ def test_vectors_without_a_plane_are_one_clear_line(tmp_path, vectors):
 def cli(tmp_path, monkeypatch, capsys):
     """The command line, in this process: what it printed, or the one line with which it failed."""
     def run(*flags, fails=False):
-        fid.load_images.cache_clear()
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", ["fid.py", *flags, "--device", "cpu"])
         with pytest.raises(SystemExit) as end:

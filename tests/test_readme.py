@@ -106,7 +106,7 @@ def test_presets_and_flags_that_the_text_names_exist():
     text = {word for code in CODE for word in re.findall(r"(?<![\w-])--[\w-]*", code)}
     # of tests/coursework.py, docker, torchrun and Slurm
     others |= {"--set", "--exercises", "--csv", "--json", "--rm", "--network", "--ntasks-per-node"}
-    others |= {"--signal", "--shutdown-timeout"}
+    others |= {"--signal", "--shutdown-timeout", "--help"}
     assert text <= flags | others, text - flags - others
 
 

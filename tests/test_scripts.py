@@ -276,8 +276,11 @@ def test_two_processes_train_the_tokenizer_as_one(run, photos, tmp_path):
         two = read_csv(tmp_path / name / "metrics_vae.csv")
         assert len(two) == flags[1] and (name == "parts" or two[6]["d"] > 0)
         for a, b in list(zip(one, two))[:6]:
-            for term in ("rec", "kl", "mcos", "mdms", "l1"):   # Adam makes a rounding error grow in each step
-                assert a[term] == pytest.approx(b[term], rel=1e-3, abs=1e-5), (a["step"], term)
+            # Adam makes a rounding error grow, here to 5e-4 of kl; without the exchange of gradients kl is
+            # 12 % off in step 2 and 65 % in step 6
+            rel = 1e-3 if a["step"] <= 3 else 1e-2
+            for term in ("rec", "kl", "mcos", "mdms", "l1"):
+                assert a[term] == pytest.approx(b[term], rel=rel, abs=1e-5), (a["step"], term)
             assert a["w_vf"] == pytest.approx(b["w_vf"], rel=1e-2), a["step"]   # a ratio of gradients' norms
 
 

@@ -20,7 +20,7 @@ from torch import nn
 
 import train_vae
 from train_vae import PRESETS, DiskArrays, ImageBatches, Images, Log, Run, Settings, World, opt, train_step
-from vae import SPECS, AutoencoderKL, UserError
+from vae import SPECS, AutoencoderKL, PatchDiscriminator, UserError
 
 CPU, ONE = torch.device("cpu"), World("cpu")
 TINY = {"embed_dim": 4, "ch": 32, "ch_mult": (1, 2), "num_res_blocks": 1, "attn_resolutions": (8,),
@@ -205,6 +205,24 @@ def test_init_takes_released_files_and_says_when_they_are_of_another_spec(monkey
     assert "--spec f16d32" in user_error(train_vae.build, s, None, ONE, False)
 
 
+def test_init_takes_what_else_the_authors_file_holds_if_it_fits(monkeypatch, tmp_path, capsys):
+    """Theirs holds W of Eq. 1 and the discriminator beside the autoencoder, under other names than ours."""
+    monkeypatch.setitem(SPECS, "f16d32", SPECS["f16d32"] | {"ch": 32})
+    s = parse("--preset", "imagenet256", "--lpips-weight", 0, "--device", "cpu", "--init", tmp_path / "a.pt")
+    theirs, disc = AutoencoderKL(**SPECS["f16d32"]).state_dict(), PatchDiscriminator()
+    theirs |= {f"loss.discriminator.{name}": value for name, value in disc.state_dict().items()}
+    foundation = SimpleNamespace(width=1024, to=lambda device: foundation)
+    monkeypatch.setattr(train_vae, "load_foundation_model", lambda *_: foundation)
+    for width, word in ((1024, "comes from it, too"), (768, "starts anew")):
+        W = torch.randn(width, 32, 1, 1)
+        torch.save({"state_dict": theirs | {"linear_proj.weight": W}}, s.init)
+        run = train_vae.build(s, None, ONE, False)
+        assert torch.equal(run.tokenizer.linear_proj.weight, W) == (width == 1024)
+        ours = run.disc.state_dict()
+        assert all(torch.equal(ours[name], value) for name, value in disc.state_dict().items())
+        assert f"linear_proj {word}" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("flags, words", [
     (["--image-size", 30], ["--image-size 30", "divisible", "f16d32"]),
     (["--image-size", 16], ["--image-size 16", "--disc-weight 0"]),
@@ -226,8 +244,9 @@ def test_the_stand_in_is_the_same_for_all_seeds_and_may_learn_from_other_images(
     other = parse(*small, "--teacher-data", tmp_path / "b")
     assert make(other, resumed=False).head.out_features == 3 and first.head.out_features == 2
     empty = make(other, resumed=True)   # the checkpoint's weights come next
-    assert empty.head.out_features == 3 and not empty.training
-    assert not any(p.requires_grad for p in empty.parameters())
+    assert empty.head.out_features == 3
+    frozen = train_vae.load_foundation_model("mini", (4, 4), "model", empty)
+    assert not empty.training and not any(p.requires_grad for p in frozen.parameters())
 
 
 # --- losses and steps ------------------------------------------------------------------------------------
@@ -513,17 +532,21 @@ def test_torchvision_s_sets(monkeypatch, kind):
 
 
 # --- the built-in images ---------------------------------------------------------------------------------
+def drawn(seed, index, size=32):
+    return np.asarray(train_vae.draw_shape(seed, index, size))
+
+
 def test_shapes_are_a_pure_function_of_seed_and_index():
-    first = [train_vae.draw_shape(3, i) for i in range(20)]
+    first = [drawn(3, i) for i in range(20)]
     np.random.seed(1)
     for i in reversed(range(20)):
-        picture, label = train_vae.draw_shape(3, i)
-        assert np.array_equal(picture, first[i][0]) and label == first[i][1] == i % 10
+        picture = drawn(3, i)
+        assert np.array_equal(picture, first[i])
         assert picture.shape == (32, 32, 3) and picture.dtype == np.uint8
-        assert not np.array_equal(picture, train_vae.draw_shape(4, i)[0])
-    assert len({picture.tobytes() for picture, _ in first}) == 20
-    large = Image.fromarray(train_vae.draw_shape(3, 4, 64)[0]).reduce(2)   # the same picture, only finer
-    assert abs(np.asarray(large).astype(int) - first[4][0]).mean() < 3
+        assert not np.array_equal(picture, drawn(4, i))
+    assert len({picture.tobytes() for picture in first}) == 20
+    large = train_vae.draw_shape(3, 4, 64).reduce(2)   # the same picture, only finer
+    assert abs(np.asarray(large).astype(int) - first[4]).mean() < 3
 
 
 def test_the_built_in_sets():
@@ -532,16 +555,16 @@ def test_the_built_in_sets():
     assert train.classes == test.classes and len(set(train.classes)) == 10
     for images in (train, test):
         assert (images.labels.bincount() == len(images) // 10).all()
-    assert np.array_equal(pixels(train[7]), train_vae.draw_shape(0, 7)[0]) and train.labels[7] == 7
-    assert np.array_equal(pixels(test[3]), train_vae.draw_shape(0, 10_003)[0])   # test images follow
-    assert np.array_equal(pixels(Images("shapes", "train", 24)[0]), train_vae.draw_shape(0, 0, 24)[0])
+    assert np.array_equal(pixels(train[7]), drawn(0, 7)) and train.labels[7] == 7
+    assert np.array_equal(pixels(test[3]), drawn(0, 10_003))   # test images follow
+    assert np.array_equal(pixels(Images("shapes", "train", 24)[0]), drawn(0, 0, 24))
 
 
 def test_the_shape_tells_the_class():
     """The nearest of 600 pictures, compared by where the ink is, has the same class."""
     masks = []
     for i in range(700):
-        picture = train_vae.draw_shape(0, i)[0].astype(int)
+        picture = drawn(0, i).astype(int)
         distance = abs(picture - picture[0, 0]).sum(2)   # a corner is ground
         assert distance.max() > 60, i                    # and ink differs from ground
         mask = distance > distance.max() / 2
@@ -678,6 +701,12 @@ class Flags:
     guidance: float = 0.0   # may be 0
 
 
+@dataclass
+class Mute:
+    preset: str = ""   # named settings
+    mute: int = 3
+
+
 FLAGS = partial(parse, cls=Flags, presets={"mini": {"image_size": 32, "swiglu": False}, "large": {}})
 
 
@@ -719,7 +748,8 @@ def test_help_is_the_comment_beside_or_below_a_setting(capsys):
     for words in ("--image-size INT 100 % of the side (default: 32)", "on (default: False)",
                   "a text below, of two lines (default: False)", "model: none, mini (default: 'none')"):
         assert words in text
-    assert all(train_vae.help_texts(Settings).values())
+    with pytest.raises(KeyError, match="mute"):   # every setting has one
+        parse(cls=Mute, presets={"mini": {}})
 
 
 def test_every_error_ends_in_one_line_and_a_status(monkeypatch, capsys):
@@ -874,7 +904,7 @@ def test_metrics_after_the_checkpoint_are_written_again(tmp_path):
     release(tmp_path)
     again = Log(path, ONE, 4, 8)
     again.write(6, {"rec": 7.0, "kl": 8.0})
-    assert again.write(8, {"kl": 9.0})["kl"] == 9
+    assert again.write(8, {"rec": float("nan"), "kl": 9.0})["kl"] == 9   # not measured: empty
     assert path.read_text().splitlines()[0] == "step,rec,kl,images_per_s,memory_gib"
     assert lines() == ["step,rec,kl", "2,0.666667,2e-09", "4,1.33333,4e-09", "6,7,8", "8,,9"]
     second = process(1, 2)

