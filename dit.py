@@ -140,7 +140,7 @@ def sincos_pos_embed(dim, side):
 class TimestepEmbedder(nn.Module):
     """t (B,) -> (B, D): DiT's 256 sinusoids of t, then a two-layer MLP.
     t comes as it is. DDPM counts it from 0 to 999; rectified flow from 0 to 1, and the authors' code does not
-    multiply by 1000 (the paper gives no reason), so that no wave ends its first turn."""
+    multiply by 1000 (the paper gives no reason), so that no wave completes a turn."""
     def __init__(self, width, frequencies=256):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))

@@ -46,22 +46,22 @@ class Settings:
     data: str = ""  # data set whose test images are reconstructed; default: the tokenizer's
     image_size: int = opt(0, "[0, 8192]")  # side of its images in pixels; 0: the tokenizer's
     # An FID falls as images are added: 50,000 in Table 3 and of validation images, 10,000 in Table 2
-    num: int = opt(50_000, "[2, inf)")  # images of each kind at most, some by chance
+    num: int = opt(50_000, "[2, inf)")  # images of each kind at most; of more, a random subset
     # --- how. ADM's network ran in TensorFlow 1, whose resize shifts every feature a little.
     features: str = opt("inception", choices=("inception", "mini"))  # network behind the measures
-    inception_input: str = opt("tf", choices=("tf", "pytorch-fid"))  # its input for samples
+    inception_input: str = opt("tf", choices=("tf", "pytorch-fid"))  # how samples are resized for it
     # The authors' code for tokenizers; the paper gives no reason for these three. The crop alone is worth up
     # to 1.9 dB of PSNR. A sample of the posterior is also what LightningDiT learns from.
     rfid_input: str = opt("pytorch-fid", choices=("tf", "pytorch-fid"))  # the same for rFID
-    crop: str = opt("resize", choices=("resize", "adm"))  # of test images: see authors_crop; ADM's
+    crop: str = opt("resize", choices=("resize", "adm"))  # of test images: the authors', or ADM's
     posterior: str = opt("sample", choices=("sample", "mode"))  # what is decoded
     lpips: bool = True  # LPIPS of reconstructions; VGG16's weights are downloaded once
     steps: int = 250  # training steps of ScoreNet, the network of --features mini
     cache: str = ""  # folder of ScoreNet, which runs may share; default OUT
     uniformity: str = ""  # instead: vectors (N, d) as .npy or .pt, or a folder of latents
-    embedding: str = opt("tsne", choices=("tsne", "pca"))  # their way to 2-D; tsne needs scikit-learn
+    embedding: str = opt("tsne", choices=("tsne", "pca"))  # to points in a plane; tsne needs scikit-learn
     uniformity_seeds: int = opt(3, "[1, inf)")  # mean and std are over this many seeds
-    seed: int = opt(1000, "[0, 9e18]")  # of ScoreNet (not its teacher's), posterior and positions
+    seed: int = opt(1000, "[0, 9e18]")  # of ScoreNet (another than the stand-in's), posterior, t-SNE
     batch_size: int = opt(64, "[1, 1e5]")  # images at once
     workers: int = opt(8, "[0, 512]")  # loading processes of each process
     device: str = opt("auto", choices=("auto", "cuda", "cpu"))  # auto: CUDA if there is one
@@ -91,7 +91,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
 def inception_score(probs, split=5000):
     """Class probabilities (N, C) -> IS in [1, C]: mean over contiguous splits; the last may be short.
-    5,000, as in ADM, is a tenth of the 50,000 images of IS's authors. It matters: IS grows with the split."""
+    5,000, as in ADM, is a tenth of 50,000, as IS's authors split. It matters: IS grows with the split."""
     scores = []
     for p in torch.as_tensor(probs).double().split(split):  # (split, C)
         # KL_i = sum_c p_ic (log p_ic - log q_c), q = mean_i p_i; xlogy makes 0 log 0 = 0
@@ -108,7 +108,7 @@ def precision_recall(reference, samples, k=3, block=2000):
     reference, samples = torch.as_tensor(reference).double(), torch.as_tensor(samples).double()
 
     def share(points, centres):
-        # of the k + 1 smallest distances in a set, the first is the feature's to itself
+        # of the k + 1 smallest distances in a set, the first is the feature's distance to itself
         nearest = [torch.cdist(c, centres).topk(k + 1, largest=False).values for c in centres.split(block)]
         radii = torch.cat(nearest)[:, k]  # (number of centres,)
         inside = [(torch.cdist(p, centres) <= radii).any(1) for p in points.split(block)]
@@ -139,7 +139,7 @@ def ssim(x, y, data_range=1.0):
 
 # --- Uniformity of the latents [Table 6] -----------------------------------------------------------
 def density_measures(density):
-    """Densities (N,) > 0 at N points -> {"density cv", "gini", "normalized entropy"}: even is 0, 0, 1."""
+    """Densities (N,) > 0 at N points -> {"density cv", "gini", "normalized entropy"}: 0, 0, 1 if equal."""
     N, p = len(density), np.sort(density / density.sum())
     # gini = sum_ij |d_i - d_j| / (2 N^2 mean d) = sum_i (2 i - N - 1) p_i / N, p sorted, i from 1
     gini = ((2 * np.arange(1, N + 1) - N - 1) * p).sum() / N
@@ -148,7 +148,7 @@ def density_measures(density):
     return {"density cv": density.std() / density.mean(), "gini": gini, "normalized entropy": entropy}
 
 def uniformity(points):
-    """Points (N, 2) -> the same of their Gaussian KDE. Scott's bandwidth, scipy's; the paper names none."""
+    """Points (N, 2) -> these, of their Gaussian KDE. Scott's bandwidth, scipy's; the paper names none."""
     return density_measures(gaussian_kde(points.T)(points.T))
 
 # --- The network behind every FID -------------------------------------------------------------------
@@ -206,7 +206,7 @@ def score_tokenizer(model, images, net, s, world):
                 "its weights are broken")
         # to_uint8 rounds; theirs, 127.5 x + 128 truncated, is the same
         x8, y8 = to_uint8(x), to_uint8(y)
-        # of the features the pool alone; torchmetrics clips to its data_range, nobody clips LPIPS's
+        # of the features only the pool. SSIM's input is clipped, as torchmetrics does; LPIPS's is not
         part = [net(x8)[0], net(y8)[0], psnr(x8.float(), y8.float(), 255.0),
                 ssim(x.clamp(-1, 1), y.clamp(-1, 1), data_range=2.0)]
         if lpips:

@@ -25,22 +25,23 @@ from vae import autocast, check_entries, reading, require
 
 @dataclass
 class Settings:
-    # The defaults are preset imagenet256: LightningDiT-XL after 64 epochs, with guidance [Table 3]. Each
-    # setting is a flag; what stands beside or below it is its text in --help.
+    # The values are preset imagenet256's: LightningDiT-XL after 64 epochs, with guidance [Table 3]; without
+    # --preset the script takes preset mini. Each setting is a flag, and its comment the flag's help.
     preset: str = "imagenet256"  # named settings; every other flag overrides one of them
     # --- the integrator: [Sec. 4] "sampled with a dopri5 integrator", Table 1; [Sec. 5.4] Euler, Table 3. 250
     # steps as REPA and DiT, for equal cost; they are 249, for the authors take linspace(0, 1, 250).
     integrator: str = opt("euler", choices=("euler", "heun", "dopri5"))  # dopri5 chooses its own steps
     steps: int = opt(250, "[2, 1e5]")  # points of the time grid: 250 are 249 evaluations of euler
-    # The paper gives no reason for 0.3. It puts 192 of the 250 points below t = 0.5, near noise; without it
-    # they are 125. FLUX counts time the other way round: 0.3 here is 1 / 0.3 = 3.3 there.
+    # The paper gives no reason for 0.3. It puts 192 of the 250 points below t = 0.5, near noise, instead of
+    # 125. The usual reason (SD3): a latent of more numbers shows its image through more noise, so it is
+    # decided earlier. FLUX counts time the other way round: 0.3 here is 1 / 0.3 = 3.3 there.
     shift: float = opt(0.3, "(0, inf)")  # timestep shift s: below 1 more points near noise, 1 = none
     # --- guidance: the authors' code guides 3 channels of 32, as DiT's code does of 4; no reason is given. So
     # few must be pushed hard: hence 10.0 or 6.7, where about 4 serves for all channels (the authors' issues).
     cfg_scale: float = 10.0  # guidance w in v_null + w (v_class - v_null); 1 = none
     cfg_channels: int = 3  # guide the first k latent channels only; 0 = all
-    # [19] Guidance near noise costs variety. (It also stops near data there, not so in the authors' code.) No
-    # reason is given for 0.10 or 0.125.
+    # [19] guides in the middle only: near noise guidance costs variety. (Near data, too, it stops there, not
+    # so in the authors' code.) No reason is given for 0.10 or 0.125.
     cfg_interval_start: float = opt(0.10, "[0, 1]")  # guidance acts for t >= this
     # The scale would multiply bf16's rounding errors: so LightningDiT is fp32 here, as in the authors' code.
     precision: str = opt("fp32", choices=("fp32", "bf16"))  # of LightningDiT; fp32 is TF32 on CUDA
@@ -49,7 +50,7 @@ class Settings:
     labels: str = "random"  # random, balanced (image i has class i mod classes), or a list like 3,207
     seed: int = opt(0, "[0, 9e18]")  # sample i is a function of (seed, i), and with dopri5 of its batch
     batch_size: int = opt(125, "[1, 1e5]")  # images in a forward pass, twice that under guidance
-    # --- conduct
+    # --- how it runs
     out: str = opt("", same=False)  # folder of the run; default runs/PRESET
     dit: str = opt("", same=False)  # checkpoint of train_dit.py; default OUT/dit.pt
     vae: str = opt("", same=False)  # checkpoint of train_vae.py; default OUT/vae.pt
@@ -80,7 +81,7 @@ PRESETS = {
     "table3-64ep-cfg": {},  # 2.11, 4.16, 252.3, 0.81, 0.58
     "table3-800ep": PLAIN,  # 2.17, 4.36, 205.6, 0.77, 0.65
     "table3-800ep-cfg": LATE,  # 1.35, 4.15, 295.3, 0.79, 0.65
-    # the same with the authors' released weights; the eight images of their README, from those of 800 epochs
+    # the same with the authors' released weights; the classes of their README, from 800 epochs
     "official-64ep": {}, "official-800ep": LATE,
     "official-demo": {"num": 8, "labels": "975,3,207,387,388,88,979,279", "shift": 1.0, "cfg_scale": 9.0,
                       "cfg_interval_start": 0.0},
@@ -88,7 +89,8 @@ PRESETS = {
 
 # --- The ODE dx/dt = v(x, t), from t = 0 (noise) to t = 1 (data) -------------------------------------
 def shift_timesteps(t, shift):
-    """Times t in [0, 1] (tensor or number) -> the same shape; shift < 1 moves them to noise, 0 and 1 stay."""
+    """Times t in [0, 1] (tensor or number) -> the same shape; shift < 1 moves them to noise, 0 and 1 stay.
+    Why 0.3: see Settings.shift."""
     # [Sec. 5.4] t' = s t / (1 + (s - 1) t), the denominator written so that 1 stays exactly 1
     return shift * t / (shift * t + (1 - t))
 
@@ -148,8 +150,8 @@ def sample_unit(system, s, indices, ts):
     """Indices of B samples, times ts (time_grid) -> images (B, 3, H, W), about [-1, 1], and classes (B,)."""
     x0, y = draw(system, s, indices)
     x1 = integrate(system, s, x0, y, ts)
-    # Undo the (z - mean) / std of train_dit.py, with the statistics that its checkpoint keeps. Nothing else
-    # is done to a latent before the decoder: no clipping, no noise of the posterior.
+    # Undo each channel's (z - mean) / std of train_dit.py, with the statistics that its checkpoint keeps.
+    # Nothing else is done to a latent before the decoder: no clipping, no noise of the posterior.
     return decode(system, x1 * system.std + system.mean), y
 
 def time_grid(s):
@@ -303,7 +305,7 @@ def sample_all(system, s, world, identity, batch):
         start, end = unit
         if stop.asked:
             return
-        # Both hold for this thread alone. A sum's last bits depend on how many threads share it: one a unit.
+        # Both are this thread's own settings. A sum's last bits depend on how many threads share it: one.
         torch.set_num_threads(1)
         if on_gpu:
             torch.cuda.set_device(world.device)

@@ -74,7 +74,7 @@ class Settings:
     ema: float = opt(0.9999, "[0, 1)")  # decay of the moving average of the weights, a step
     epochs: float = opt(64.0, "(0, 1e6]")  # passes over the latents
     steps: int = 0  # training steps; 0: as many as the epochs make
-    # --- conduct: of these, only seed and precision change what is learned
+    # --- how it runs: only seed and precision change what is learned
     seed: int = opt(0, "[0, 9e18]")  # of weights, posterior samples, order, noise and time
     out: str = opt("", same=False)  # folder of the run; default runs/PRESET
     device: str = opt("auto", choices=("auto", "cuda", "cpu"), same=False)  # auto: CUDA if there is one
@@ -90,9 +90,9 @@ class Settings:
     fresh: bool = opt(False, same=False)  # start over instead of resuming; latents are kept
 
 # [Table 1] The trick and what it changes; every row keeps the changes above it. Rows 1 to 5 are training, in
-# this file; rows 6 to 8 are the network, in dit.py. So row 5 adds a loss, and row 6 only another feed-forward
-# network. f8 in tokens of 2x2 and row 9's f16 in tokens of 1 are both 16x16 tokens: equal cost. 80 epochs are
-# 400,000 steps of 256 or 100,000 of 1024. Beside each row: the paper's FID-50k, without guidance.
+# this file; rows 6 to 8 are the network, in dit.py. So row 5 adds a loss; row 6 changes no training, only the
+# feed-forward network. f8 in tokens of 2x2 and row 9's f16 in tokens of 1 are both 16x16 tokens: equal cost.
+# 80 epochs are 400,000 steps of 256 or 100,000 of 1024. Beside a row: the paper's FID-50k, without guidance.
 LADDER = [
     ("DiT-XL/2", {  # row 0: 19.50
         "tokenizer_spec": "f8d4", "latent_norm": "sd-vae", "patch_size": 2, "swiglu": False, "rmsnorm": False,
@@ -135,8 +135,8 @@ for i, (_, change) in enumerate(LADDER):
 def sample_time(n, lognorm, generator, device):
     """How many -> times (n,) in (0, 1), logit-normal or uniform."""
     if lognorm:
-        # [Table 1, + Logit Normal Sampling] t = sigmoid(n), n ~ N(0, 1): more training in the middle, where v
-        # is hardest to tell. Near t = 1 x_t shows x1, near t = 0 it shows x0. Mean 0 and std 1 are SD3's.
+        # [Table 1, + Logit Normal Sampling] t = sigmoid(u), u ~ N(0, 1): more training in the middle. At the
+        # ends the best answer is easy: x1 less the mean noise, or the mean image less x0. Mean, std: SD3's.
         return torch.sigmoid(torch.randn(n, device=device, generator=generator))
     return torch.rand(n, device=device, generator=generator)
 
@@ -152,8 +152,8 @@ def flow_matching_loss(model, x1, y, t, x0, drop=None, direction=True):
     pred = model(x_t, t, y, drop).float()  # (B, C, H, W); under bf16, too, the losses are fp32
     # L_mse = mean (pred - v)^2
     mse = ((pred - v) ** 2).mean((1, 2, 3))  # (B,)
-    # [Table 1, + Velocity Direction Loss] L_dir = mean (1 - cos(pred, v)), the cosine over channels: a short
-    # v has a direction, too, which L_mse hardly sees (FasterDiT). Weight 1: the paper gives no reason.
+    # [Table 1, + Velocity Direction Loss] L_dir = mean (1 - cos(pred, v)), the cosine over channels:
+    # L_mse hardly sees the direction of a short v (FasterDiT). Weight 1: the paper gives no reason.
     cosine = F.cosine_similarity(pred, v, dim=1)  # (B, H, W)
     terms = {"mse": mse, "direction": (1 - cosine).mean((1, 2))}
     return mse.mean() + (terms["direction"].mean() if direction else 0.0), terms
@@ -225,7 +225,7 @@ class Run:
         self.opt = torch.optim.AdamW(self.params, s.lr, betas=(0.9, s.beta2), weight_decay=0.0, fused=True)
         self.ddp = world.parallel(self.model)
         if s.compile and s.checkpointing:
-            # it would cut the graph at DDP's buckets, and a checkpointed block cannot be cut
+            # torch.compile would cut the graph at DDP's buckets, and a checkpointed block cannot be cut
             torch._dynamo.config.optimize_ddp = False
         # [Sec. 4] "torch.compile and bfloat16 training"
         self.net = torch.compile(self.ddp) if s.compile else self.ddp
@@ -283,7 +283,7 @@ def train(s, world):
     def save(to):
         # a checkpoint with NaN in it would replace the last good one
         log.check(path, advice, run.params)
-        # a log line that begins before a stop and ends after it is as if there had been none
+        # what a log line has gathered when the run stops: it goes on as if there had been no stop
         kept = {"step": step, "bins": world.mean(bins.clone()).cpu()}
         if world.rank == 0:
             parts = {"model": run.model, "ema": run.ema, "optimizer": run.opt}

@@ -18,9 +18,8 @@ import signal
 
 if __name__ == "__main__":  # Ctrl-C while torch is loading: no traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-# Before torch is loaded: a waiting CPU thread spins for a moment, then sleeps. 200 steps of train_dit.py's
-# preset mini on two cores took 14 s, of two runs at once 27 s each; sleeping at once 31 and 25 s, always
-# spinning 15 and 117 s.
+# Before torch is loaded: how long a CPU thread that waits for the others spins before it sleeps. Seconds for
+# 200 steps of train_dit.py on two cores, alone / two runs at once: 14 / 27; without 31 / 25; always 15 / 117.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -41,8 +40,8 @@ def opt(default, valid="[0, inf)", choices=None, same=True):
 
 @dataclass
 class Settings:
-    # The defaults are preset imagenet256: f16d32, VF loss (DINOv2), 50 epochs [Sec. 5.1, 6.2, 6.3]. Each
-    # setting is a flag; what stands beside or below it is its text in --help.
+    # The values are preset imagenet256's: f16d32, VF loss (DINOv2), 50 epochs [Sec. 5.1, 6.2, 6.3]; without
+    # --preset a script takes preset mini. Each setting is a flag, and its comment the flag's text in --help.
     preset: str = opt("imagenet256", same=False)  # named settings; every other flag overrides one of them
     # --- images
     data: str = opt("imagenet", same=False)
@@ -57,13 +56,14 @@ class Settings:
     init: str = ""
         # start from the weights in this file: the authors' VA-VAE, CompVis' kl-f8, or ours; with W of Eq. 1
         # and the discriminator, if it holds them and they fit
-    # --- LDM's loss. L_rec and KL are sums over pixels and latent [Sec. 3.3], divided by the batch; KL sums
-    # 8,192 numbers at f16d32, so its weight of 1e-6 is a slight pull to N(0, I).
+    # --- LDM's loss. L_rec and KL are sums over the 196,608 values of an image and the 8,192 of its latent
+    # (f16d32) [Sec. 3.3], as likelihood and KL of a VAE are: weight 1 would be its bound. LDM's 1e-6 leaves
+    # a slight pull to N(0, I); of means it would be 1e-6 * 8,192 / 196,608 = 4e-8.
     kl_weight: float = 1e-6  # weight of the KL loss
     lpips_weight: float = 1.0  # weight of LPIPS against the L1 loss of a pixel; 0: no VGG weights needed
     disc_weight: float = 0.5  # weight of the adversarial loss, times its adaptive weight; 0: none
     # The authors' `disc_start: 5001` counts the steps of both optimizers, two a batch: batch 2501 is the
-    # first with 2 * batch >= 5001. Before, it would learn to tell noise from images.
+    # first with 2 * batch >= 5001. A delay: against an untrained decoder it would learn to tell noise.
     disc_start: int = 2501  # training batch, counted from 0, at which the discriminator begins
     # --- VF loss [Sec. 3.1-3.3]; "Empirically, we set m1 = 0.5, m2 = 0.25, and w_hyper = 0.1" [Sec. 5.1]
     vf: str = opt("dinov2", choices=("none", "mini", "dinov2", "dinov2-s", "dinov2-b", "dinov2-l", "dinov2-g",
@@ -84,7 +84,7 @@ class Settings:
     warmup: int = 0  # steps over which the rate rises to --lr (ours, for the miniature's high rate)
     epochs: float = opt(50.0, "(0, 1e6]")  # passes over the training images [Sec. 6.2]
     steps: int = 0  # training steps; 0: as many as the epochs make
-    # --- conduct: of these, only seed and precision change what is learned
+    # --- how it runs: only seed and precision change what is learned (and accumulate, by BatchNorm)
     seed: int = opt(0, "[0, 9e18]")  # of weights, order of images, crops and noise
     out: str = opt("", same=False)  # folder of the run; default runs/PRESET
     device: str = opt("auto", choices=("auto", "cuda", "cpu"), same=False)  # auto: CUDA if there is one
@@ -125,7 +125,7 @@ def reconstruction_loss(x, x_hat, lpips, lpips_weight):
     return loss.sum() / len(x)
 
 def hinge_generator(fake):
-    """Logits of reconstructions, any shape -> the generator's loss: -mean(fake), raise them without end."""
+    """Logits of reconstructions, any shape -> the generator's loss -mean(fake): raise them, no bound."""
     return -fake.mean()
 
 def hinge_discriminator(real, fake):
@@ -151,7 +151,7 @@ def train_step(run, x, noise, batch):
     # VQGAN's adversarial loss, weighted as in Eq. 4, but at the decoder's last layer
     adversarial = run.disc is not None and batch >= s.disc_start
     if adversarial:
-        run.disc.requires_grad_(False)
+        run.disc.requires_grad_(False)  # g trains the decoder only
         g = hinge_generator(run.disc(x_hat))
         w_disc = s.disc_weight * adaptive_weight(rec, g, vae.decoder.conv_out.weight, max_weight=1e4)
         loss = loss + w_disc * g
@@ -248,7 +248,7 @@ def train(s, world):
     run = build(s, images, world, state is not None)
     if state:
         run.load(state, path)
-        state = None  # the file, memory-mapped
+        state = None  # lets go of the file, which is memory-mapped
     vae = run.tokenizer.vae
     log, stop = Log(Path(s.out) / "metrics_vae.csv", world, step, s.batch_size), Stop(world)
     shape = (s.batch_size, vae.embed_dim, s.image_size // vae.f, s.image_size // vae.f)
@@ -305,7 +305,8 @@ ONLY_MDMS = {"mcos": False, "vf_weight": 0.05}
 ONLY_MCOS = {"mdms": False, "vf_weight": 0.05}
 # The authors' three stages, 100 + 15 + 15 epochs (Sec. 5.4 says 125): a strong pull without margins, then a
 # weak one, then the margins. The paper gives no reason. Each is a run that starts from the one before:
-# --preset vavae-long-2 --init runs/vavae-long-1/vae.pt. Adam's moments start anew in each.
+# --preset vavae-long-2 --init runs/vavae-long-1/vae.pt. Adam's moments start anew in each. Their disc_start
+# is 1 in the last two: the discriminator from batch 0, its term from batch 1.
 LONG = [{"epochs": 100.0, "vf_weight": 0.5} | NO_MARGIN,
         {"epochs": 15.0, "disc_start": 0} | NO_MARGIN,
         {"epochs": 15.0, "disc_start": 0}]
@@ -313,7 +314,7 @@ LONG = [{"epochs": 100.0, "vf_weight": 0.5} | NO_MARGIN,
 # epochs; Table A1 80; Tables A2, A3 name none). Tables A1 and A2 print other scores for settings of Table 2
 # and do not say what differed.
 ROWS = {
-    "table1-sdvae": {"spec": "f8d4"} | NO_VF,  # Table 1 uses the released kl-f8: --init
+    "table1-sdvae": {"spec": "f8d4"} | NO_VF,  # trains one; Table 1 takes a released one (README)
     "table2-f16d16-none": {"spec": "f16d16"} | NO_VF,  # 0.49 26.10 0.132 0.72 16.24
     "table2-f16d16-mae": {"spec": "f16d16", "vf": "mae"},  # 0.51 26.01 0.137 0.71 16.86
     "table2-f16d16-dinov2": {"spec": "f16d16"},  # 0.55 25.29 0.147 0.69 15.79
@@ -505,7 +506,7 @@ def run_script(cls, presets, doc, work):
     except (RuntimeError, MemoryError) as error:
         message = one_line(error)
         if isinstance(error, dist.DistError) or "gloo" in message.lower():
-            # another process has gone, which has said why; or the wait for it was in vain
+            # another process has ended and said why, or it never came
             message = "" if dist.is_initialized() else message
         elif isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "allocate memory" in message:
             message = "the memory is too small: use a smaller --batch-size or --image-size, or more processes"
@@ -636,7 +637,7 @@ def atomic_write(path, write):
     """write(file) under a temporary name, flush to disk, rename: the old file or the whole new one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")  # what a kill leaves behind, the next write takes
+    temporary = path.with_name(f".{path.name}.tmp")  # what a kill leaves behind is overwritten
     try:
         with open(temporary, "wb") as file:
             write(file)
@@ -732,7 +733,7 @@ class Log:
             self.bad[name] = torch.where((first < 0) & ~torch.isfinite(value), step, first)
 
     def check(self, saved, advice, weights=()):
-        """UserError if a watched term or a weight is not finite: before every save, which so stays good."""
+        """UserError if a watched term or a weight is not finite: before a save, so that no file is broken."""
         way_out = f"{advice}; the last good checkpoint, if there is one, is {saved}"
         for step, name in sorted((int(first), name) for name, first in self.bad.items()):
             require(step < 0, f"{name} is not finite at step {step}; {way_out}")
@@ -962,7 +963,7 @@ def open_image(path):
     """A file -> an RGB PIL image. UserError names a file that cannot be read."""
     require(os.path.isfile(path), f"cannot read the image {path}: it is not there, or no file")
     with reading(path, " than an image"), Image.open(path) as image:
-        require(image.mode != "F", f"{path} is an image of floats: which range have they?")
+        require(image.mode != "F", f"{path} is an image of floats, whose range it does not say")
         require(max(image.size) <= 100 * min(image.size), f"{path} is too narrow a strip: {image.size}")
         if image.mode.startswith("I"):  # 16-bit grey, which Pillow's conversion clips to white
             image = Image.fromarray((np.asarray(image) / 256).clip(0, 255).astype(np.uint8))

@@ -24,8 +24,9 @@ from vae import UserError, autocast, hub_file, reading
 
 def marginal_cosine_loss(z, f, margin=0.5):
     """Projected latent z' and features f, both (B, C, h, w) -> L_mcos >= 0, a scalar [Sec. 3.1].
-    margin: m1. A pair whose cosine is above 1 - m1 is close enough and gives no loss and no gradient, which
-    leaves the latent freedom to reconstruct. "Empirically" 0.5 in the paper."""
+    margin: m1. A position whose cosine is above 1 - m1 is close enough and gives no loss and no gradient,
+    which leaves the latent freedom to reconstruct (the paper's text says "below m1", its formula 1 - m1; at
+    its "empirically" chosen 0.5 both are one). Here z is z'."""
     # cos_ij = z'_ij . f_ij / (|z'_ij| |f_ij|)
     cosine = F.cosine_similarity(z, f, dim=1)  # (B, h, w)
     # [Eq. 2] loss = mean_ij relu(1 - m1 - cos_ij), over positions and batch
@@ -33,8 +34,8 @@ def marginal_cosine_loss(z, f, margin=0.5):
 
 def marginal_distance_matrix_loss(z, f, margin=0.25):
     """Latent z (B, C_z, h, w), features f (B, C_f, h, w) -> L_mdms >= 0, a scalar [Sec. 3.2].
-    margin: m2, how far a pair's similarity may be off; "empirically" 0.25. Eq. 3 writes z where Eq. 2 writes
-    z'; the authors' code puts the projected z' into both, and so does train_vae.py."""
+    margin: m2, how far the similarity of two positions may be off; "empirically" 0.25. Eq. 3 writes z where
+    Eq. 2 writes z'; the authors' code puts the projected z' into both, so train_vae.py does: C_z = C_f."""
     z = F.normalize(z.flatten(2), dim=1)  # (B, C_z, N), N = h w, unit vectors
     f = F.normalize(f.flatten(2), dim=1)  # (B, C_f, N)
     z_similarity = z.mT @ z  # (B, N, N), [i, j] = z_i . z_j
@@ -45,7 +46,7 @@ def marginal_distance_matrix_loss(z, f, margin=0.25):
 
 def vf_loss(z_proj, f, cos_margin, mdms_margin, use_mcos=True, use_mdms=True):
     """z' and f (B, C, h, w) -> the pair (L_mcos, L_mdms) whose sum is the bracket of Eq. 5.
-    In fp32 whatever the autocast. A term that is switched off [Sec. 6.3, Table 5] is 0."""
+    Computed in fp32, also under autocast. A term that is switched off [Sec. 6.3, Table 5] is 0."""
     mcos = mdms = z_proj.new_zeros((), dtype=torch.float32)
     with autocast(z_proj, False):
         if use_mcos:
@@ -57,9 +58,9 @@ def vf_loss(z_proj, f, cos_margin, mdms_margin, use_mcos=True, use_mdms=True):
 def adaptive_weight(rec_loss, other_loss, weight, max_weight=1e8):
     """Two scalar losses with a graph to `weight` -> w_adaptive, a scalar without gradient [Sec. 3.3].
     It makes the other loss pull on `weight` as hard as L_rec does: "ensuring that L_vf and L_rec have similar
-    impacts". The graph is kept. Used twice, each time at the last layer that both losses share:
+    impacts". The graph is kept. Used twice, at the last layer of the encoder and of the decoder:
       VF loss   encoder.conv_out ("the last convolutional layer of the encoder"). All that a loss tells the
-                encoder passes through it, and a gradient there costs no way back through the encoder.
+                encoder passes through it, and its gradient needs no backward pass through the encoder.
                 quant_conv, the 1x1 after it, belongs to the bottleneck: the paper gives no reason, the
                 authors' code takes conv_out.
       GAN       decoder.conv_out, as in VQGAN, from which the paper takes the idea."""
@@ -81,15 +82,15 @@ class FoundationModel(nn.Module):
     grid is the latent's grid: 256 -> 224 for patch 14 and 16x16. 0: convolutional, no resizing."""
     def __init__(self, net, tokens, width, patch, mean, std):
         super().__init__()
-        self.net = net.eval().requires_grad_(False)
+        self.net = net.eval().requires_grad_(False)  # frozen
         self.tokens = tokens
-        self.width = width
+        self.width = width  # d_f
         self.patch = patch
-        self.bf16 = True  # on CUDA
+        self.bf16 = True  # autocast on CUDA; not with --vf-input authors
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
-    @torch.no_grad()  # this stops the teacher's gradient: F is a target, "a frozen model" [Sec. 3.1]
+    @torch.no_grad()  # no gradient into or through F: a target, "a frozen vision foundation model" [Sec. 3.1]
     def forward(self, x, grid):
         # each model's own mean and std, of images in [0, 1]
         x = ((x + 1) / 2 - self.mean) / self.std

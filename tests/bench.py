@@ -301,14 +301,20 @@ def kept_by_autograd(s, batch):
 
 def memory(flags):
     """What autograd keeps of a training step of the tokenizer with LPIPS and discriminator, without and with
-    --checkpointing, which computes one level again at a time. All flags of train_vae.py."""
+    --checkpointing, which computes one level again at a time; with --accumulate also of 32 images in so many
+    parts, at most. All flags of train_vae.py."""
     s, own = parse(train_vae, flags, {"--at-once": "1,4,8,32"})
     print(f"{s.spec}, {s.image_size}x{s.image_size}, {s.precision}: GiB that autograd keeps\n"
           "images at once    plain   --checkpointing")
     for batch in map(int, own.at_once.split(",")):
-        plain, level = kept_by_autograd(replace(s, checkpointing=False), batch)
-        inputs, _ = kept_by_autograd(replace(s, checkpointing=True), batch)
+        plain, level = kept_by_autograd(replace(s, checkpointing=False, accumulate=1), batch)
+        inputs, _ = kept_by_autograd(replace(s, checkpointing=True, accumulate=1), batch)
         print(f"{batch:14d} {plain / 2 ** 30:8.2f} {(inputs + level) / 2 ** 30:17.2f}")
+        if s.accumulate > 1 and batch * s.accumulate == 32:
+            # what goes in and comes out of the networks for 32 images, and all of one part
+            kept, _ = kept_by_autograd(replace(s, checkpointing=False), 32)
+            found = [(kept + part) / 2 ** 30 for part in (plain, inputs + level)]
+            print(f"32 images in {s.accumulate} parts: {found[0]:.2f}, with --checkpointing {found[1]:.2f}")
     with torch.device("meta"):
         weights = sum(p.numel() for p in AutoencoderKL(**SPECS[s.spec]).parameters())
     print(f"and once: {16 * weights / 2 ** 30:.2f} GiB of weights, gradients, Adam's moments; "

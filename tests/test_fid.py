@@ -1,6 +1,7 @@
 """fid.py against scipy, torchmetrics, lpips, pytorch-fid, torch-fidelity, closed forms, loops."""
 import hashlib
 import json
+import subprocess
 import sys
 from functools import partial
 from itertools import pairwise
@@ -567,6 +568,26 @@ def test_command_line_scores_an_npz_against_a_folder(tmp_path, cli):
     other = json.loads((run / "scores.json").read_text())["samples"]["values"]
     assert other["class accuracy"] < 0.1 and abs(other["mini-FID"]) < 1e-6
     assert (run / "score_net.pt").stat().st_mtime_ns == network
+
+
+def test_two_processes_score_as_one(tmp_path):
+    """50,000 images on several GPUs: each process takes a part, and the files are written once."""
+    x = photos(50, 32, 32).permute(0, 2, 3, 1).numpy()
+    np.savez(tmp_path / "samples.npz", arr_0=x, arr_1=np.arange(50) % 10)
+    save_tokenizer(tmp_path / "vae.pt", 1, 1)
+    found = []
+    for processes in (1, 2):
+        launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--"] if processes > 1 else []
+        flags = f"--out run{processes} --samples samples.npz --vae vae.pt --data shapes --num 50 --steps 5"
+        subprocess.run([sys.executable, *launcher, str(ROOT / "fid.py"), *flags.split(), "--batch-size", "16",
+                        "--device", "cpu"], cwd=tmp_path, check=True, timeout=120)
+        assert {p.name for p in (tmp_path / f"run{processes}").iterdir()} == {"scores.json", "score_net.pt"}
+        found.append(json.loads((tmp_path / f"run{processes}" / "scores.json").read_text()))
+    for kind in ("tokenizer", "samples", "real"):
+        one, two = (scores[kind] for scores in found)
+        assert one["images"] == two["images"] == 50 and one["values"].keys() == two["values"].keys()
+        for name, value in one["values"].items():
+            assert value is None or two["values"][name] == pytest.approx(value, rel=1e-4, abs=1e-7), name
 
 
 def test_command_line_uniformity(tmp_path, cli):
