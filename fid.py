@@ -212,7 +212,7 @@ def score_tokenizer(model, images, net, s, world):
         if lpips:
             part.append(lpips(x, y).flatten())
         parts.append(part)
-    real, fake, *measures = together(parts, world)
+    real, fake, *measures = gathered(parts, world)
     means = dict(zip(("PSNR", "SSIM", "LPIPS"), (values.double().mean().item() for values in measures)))
     return {"rFID": frechet_distance(*gaussian(fake), *gaussian(real)), "PSNR": means["PSNR"],
             "LPIPS": means.get("LPIPS"), "SSIM": means["SSIM"]}
@@ -300,7 +300,7 @@ class Pictures(Dataset):
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 # --- Features of many images -----------------------------------------------------------------------
-def some(n, num):
+def random_subset(n, num):
     """At most num indices below n, in order, always the same. Drawn by chance: a folder's files are sorted by
     class, balanced samples repeat their classes, and every tenth of those may be of one class."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(0))[:num].sort().values
@@ -308,7 +308,7 @@ def some(n, num):
 def batches(images, s, world, title):
     """At most --num images, of which each process takes one contiguous part: pairs of indices, a list, and
     images (B, 3, H, W) on the device, of the images' own kind. UserError if there are too few."""
-    chosen = some(len(images), s.num)
+    chosen = random_subset(len(images), s.num)
     require(len(chosen) >= max(2, world.size), f"{title}: {len(chosen)} are too few; thousands make sense")
     mine = [part.tolist() for part in chosen.tensor_split(world.size)[world.rank].split(s.batch_size)]
     work = DataLoader(images, batch_sampler=mine, num_workers=s.workers, worker_init_fn=ignore_signals,
@@ -316,7 +316,7 @@ def batches(images, s, world, title):
     for index, x in zip(mine, tqdm(work, title, unit="batch", disable=world.rank > 0)):
         yield index, x.to(world.device)
 
-def together(parts, world):
+def gathered(parts, world):
     """For each batch a tuple of tensors -> one tuple for all images, of all processes, in the images' order.
     Held, not summed (Inception's of 50,000 images: 1 GB): what follows depends on no batch or process."""
     mine = [torch.cat(part).cpu() for part in zip(*parts)]
@@ -330,16 +330,16 @@ def gaussian(x):
     return x.double().mean(0), x.double().T.cov()
 
 @torch.no_grad()
-def gather(images, net, s, world, title):
+def features_of(images, net, s, world, title):
     """Images -> {"pool": (N, d), "probs": (N, C)} in the features of net, and STATISTICS; none, {}."""
     if not len(images):
         return {}
-    pool, spatial, probs = together([net(x) for _, x in batches(images, s, world, title)], world)
+    pool, spatial, probs = gathered([net(x) for _, x in batches(images, s, world, title)], world)
     statistics = zip(STATISTICS, (*gaussian(pool), *gaussian(spatial)))
     return {"pool": pool, "probs": probs} | dict(statistics)
 
 def compare(ours, reference, prefix=""):
-    """What gather found in samples and in a reference -> {prefix + name: value}: FID, sFID, IS, precision,
+    """The features_of samples and of a reference -> {prefix + name: value}: FID, sFID, IS, precision,
     recall; None where the reference lacks what it takes. The IS needs no reference: it asks whether each
     image is surely of some class, and all together of many."""
     values = dict.fromkeys(("FID", "sFID", "IS", "precision", "recall"))
@@ -350,7 +350,7 @@ def compare(ours, reference, prefix=""):
     pool = reference.get("pool", ())
     if min(len(pool), len(ours["pool"])) > 3:  # each has a third neighbour
         # M <= 10,000, as in ADM's file: all distances between references and samples are needed
-        pool = pool[some(len(pool), 10_000)]
+        pool = pool[random_subset(len(pool), 10_000)]
         values["precision"], values["recall"] = precision_recall(pool, ours["pool"])
     return {prefix + name: value for name, value in values.items()}
 
@@ -388,7 +388,7 @@ def feature_network(s, run, world, input="tf"):
     net, hint = Classifier(len(train.classes), 8, width=32), "remove it, or name another folder with --cache"
     made = load_checkpoint(path, "score_net", hint) if path.exists() else {}
     if made.get("key") != key and world.rank == 0:
-        index = some(len(train), s.num)
+        index = random_subset(len(train), s.num)
         x, y = torch.stack([train[i] for i in index.tolist()]), train.labels[index]
         net = train_classifier(net, x, y, s.steps, s.seed, world.device, "score network")
         save_checkpoint({"stage": "score_net", "key": key, "state_dict": net.state_dict()}, path)
@@ -439,12 +439,12 @@ def main(s, world):
                                "images": min(s.num, len(test)), "source": s.vae, "against": test.name,
                                "crop": s.crop, "posterior": s.posterior, "rfid_input": s.rfid_input}
     if kinds:
-        target = gather(reference, net, s, world, reference.name) | reference.statistics
+        target = features_of(reference, net, s, world, reference.name) | reference.statistics
     for kind, images in kinds.items():
-        ours = gather(images, net, s, world, images.name)
+        ours = features_of(images, net, s, world, images.name)
         values = compare(ours, target, prefix)
         if prefix and images.labels is not None:  # Inception's 1,008 classes are no data set's
-            right = ours["probs"].argmax(1).cpu() == images.labels[some(len(images), s.num)]
+            right = ours["probs"].argmax(1).cpu() == images.labels[random_subset(len(images), s.num)]
             values["class accuracy"] = right.double().mean().item()
         scores[kind] = {"values": values, "images": len(ours["pool"]), "source": images.name, "against":
                         f"{reference.name} ({min(s.num, len(reference))} images)", "meta": images.meta}

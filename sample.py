@@ -333,7 +333,7 @@ def sample_all(system, s, world, identity, batch):
         atomic_write(batch, lambda file: np.savez(file, **arrays))
         print(f"{batch}: {s.num} images")
 
-def compare(batch, identity):
+def require_same(batch, identity):
     """UserError if an .npz that is there was made with other settings: nothing is replaced unasked."""
     try:
         made = json.loads(str(npz_array(batch, "meta")))
@@ -374,7 +374,7 @@ def main(s, world):
     # "guidance" is what fid.py looks for
     identity = {**settings, **system.identity, "guidance": s.cfg_scale}
     if batch.exists() and not s.fresh:
-        compare(batch, identity)
+        require_same(batch, identity)
         world.print(f"{batch} is finished: {s.num} images with these settings; --fresh makes them again")
     else:
         sample_all(system, s, world, identity, batch)

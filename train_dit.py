@@ -351,22 +351,22 @@ def begin(s, world, state, path):
     weights, so that sample.py asks for nothing; the steps done; the loss by time since the log's last line.
     UserError if the checkpoint's latents were others."""
     latents, vae = open_latents(s, world)
-    n, shape, classes, told = len(latents.labels), latents.shape, latents.classes, latents.meta
+    n, shape, classes, meta = len(latents.labels), latents.shape, latents.classes, latents.meta
     if s.latent_norm == "sd-vae":
         # LDM's z * 0.18215 in the form of (z - mean) / std: no mean is taken away
         latents.mean, latents.std = latents.mean * 0, torch.full_like(latents.std, 1 / 0.18215)
     total = s.steps or max(1, round(s.epochs * n / s.batch_size))
     facts = {
         "stage": "dit", "total_steps": total, "settings": asdict(s), "objective": s.objective,
-        "arch": architecture(s, shape, len(classes)), "classes": classes, "image_size": told["image_size"],
-        "data": told["data"], "identity": told["identity"],
+        "arch": architecture(s, shape, len(classes)), "classes": classes, "image_size": meta["image_size"],
+        "data": meta["data"], "identity": meta["identity"],
         "latents": {"mean": latents.mean, "std": latents.std, "shape": list(shape)},
-        "tokenizer": {"fingerprint": told["fingerprint"], "path": s.vae}}
+        "tokenizer": {"fingerprint": meta["fingerprint"], "path": s.vae}}
     run, step, bins = Run(s, facts["arch"], world), 0, torch.zeros(2, BINS, device=world.device)
     if state:
         with reading(path):
-            same = state["tokenizer"]["fingerprint"] == told["fingerprint"]
-            require(same and state["identity"] == told["identity"],
+            same = state["tokenizer"]["fingerprint"] == meta["fingerprint"]
+            require(same and state["identity"] == meta["identity"],
                     f"{path} was trained on latents of another tokenizer or other images than {s.vae} and "
                     f"{s.latents}: name those with --vae and --latents, or start over with --fresh")
             load_weights(run.model, state["model"], path)
@@ -513,8 +513,8 @@ def open_latents(s, world):
     vae, tokenizer = load_tokenizer(s.vae, world.device, unfinished=s.unfinished)
     require(not s.tokenizer_spec or tokenizer["spec"] == SPECS[s.tokenizer_spec],
             f"--vae {s.vae} is not a tokenizer of spec {s.tokenizer_spec}, which preset {s.preset} asks for")
-    folder, told = Path(s.latents), tokenizer["settings"]
-    data, size = s.data or told.get("data", ""), s.image_size or told.get("image_size", 256)
+    folder, trained_on = Path(s.latents), tokenizer["settings"]
+    data, size = s.data or trained_on.get("data", ""), s.image_size or trained_on.get("image_size", 256)
     require(size % vae.f == 0,
             f"--image-size {size} is not divisible by the tokenizer's downsampling rate {vae.f}")
     key = {"fingerprint": fingerprint(tokenizer["state_dict"]), "identity": tokenizer.get("identity", ""),

@@ -533,11 +533,11 @@ class World:
         cuda = torch.cuda.is_available() and device != "cpu"
         require(cuda or device != "cuda", "--device cuda: there is no CUDA GPU here; use --device cpu")
         port = "0" if os.environ.get("WORLD_SIZE", "1") == "1" else ""
-        told = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": port}
-        told = {name: os.environ.get(name, default) for name, default in told.items()}
-        numbers = all(text.isdecimal() for text in told.values())
-        require(numbers and int(told["RANK"]) < int(told["WORLD_SIZE"]), f"{told} is not what torchrun sets")
-        self.rank, self.size, self.local, port = map(int, told.values())
+        env = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": port}
+        env = {name: os.environ.get(name, default) for name, default in env.items()}
+        numbers = all(text.isdecimal() for text in env.values())
+        require(numbers and int(env["RANK"]) < int(env["WORLD_SIZE"]), f"{env} is not what torchrun sets")
+        self.rank, self.size, self.local, port = map(int, env.values())
         require("WORLD_SIZE" in os.environ or os.environ.get("SLURM_STEP_NUM_TASKS", "1") == "1",
                 "srun started processes that do not know of each other: one torchrun a node (see README)")
         self.device = torch.device("cuda", self.local) if cuda else torch.device("cpu")

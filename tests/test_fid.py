@@ -140,7 +140,7 @@ def test_mean_and_covariance_are_numpy_s_and_batches_keep_their_order():
     rng = np.random.default_rng(5)
     pool, spatial = gaussian(rng, 230, 12, 3.0), gaussian(rng, 230, 7)
     parts = [[torch.from_numpy(v[start:start + 64]) for v in (pool, spatial)] for start in range(0, 230, 64)]
-    for got, expected in zip(fid.together(parts, WORLD), (pool, spatial)):
+    for got, expected in zip(fid.gathered(parts, WORLD), (pool, spatial)):
         for ours, theirs in zip(fid.gaussian(got), fit(expected)):
             np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-12)
 
@@ -245,11 +245,11 @@ def test_npz_is_read_as_numpy_reads_it(tmp_path, save, layout):
     assert (all_images(source, settings(tmp_path, batch_size=4)) == x).all()
     assert source.meta == {"sampler": "euler"} and source.labels.tolist() == list(range(23))
     few = all_images(source, settings(tmp_path, batch_size=4, num=5))
-    assert (few == x[fid.some(23, 5)]).all()
+    assert (few == x[fid.random_subset(23, 5)]).all()
 
 
 def test_some_images_are_of_all_classes_whatever_their_order():
-    index = fid.some(50_000, 10_000).numpy()
+    index = fid.random_subset(50_000, 10_000).numpy()
     assert len(set(index)) == 10_000 and (np.diff(index) > 0).all()
     for labels in (np.arange(50_000) // 50, np.arange(50_000) % 1000):       # sorted, or in turn
         assert len(set(labels[index])) == 1000
@@ -307,12 +307,12 @@ def test_adm_reference_statistics_are_used_where_they_fit(tmp_path, monkeypatch)
         return fid.open_run(s, WORLD)[3], s
 
     def target(source, s):
-        return fid.gather(source, Toy(), s, WORLD, "x") | source.statistics
+        return fid.features_of(source, Toy(), s, WORLD, "x") | source.statistics
 
     source, s = opened("adm.npz", "adm.npz", features="inception")
     got = target(source, s)
     assert all((got[k] == v).all() for k, v in stored.items()) and got["pool"].shape == (40, 12)
-    ours = fid.gather(source, Toy(), s, WORLD, "x")
+    ours = fid.features_of(source, Toy(), s, WORLD, "x")
     values = fid.compare(ours, target(*opened("adm.npz", "bare.npz", features="inception")))
     assert values["FID"] > 0 and values["precision"] is None             # no images, no precision
     for change in ({}, {"features": "inception", "inception_input": "pytorch-fid"}):
@@ -435,7 +435,7 @@ def test_noise_raises_every_distance_monotonically(tmp_path):
 
     def features(level):
         images = list((x + level * noise).round().clamp(0, 255).to(torch.uint8))
-        return fid.gather(images, partial(fid.score_net, classifier), s, WORLD, "x")
+        return fid.features_of(images, partial(fid.score_net, classifier), s, WORLD, "x")
 
     reference = features(0)
     scores = [fid.compare(features(level), reference) for level in (0, 5, 15, 40, 100)]
