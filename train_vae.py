@@ -515,9 +515,10 @@ def run_script(cls, presets, doc, work):
     if message:
         print(f"{Path(sys.argv[0]).name}: {'error: ' * (status == 1)}{message}", file=sys.stderr, flush=True)
     if dist.is_initialized():
-        if status:
-            os._exit(status)  # the others may wait in a collective: leaving politely would wait with them
-        dist.destroy_process_group()
+        # the others may wait in a collective: leaving politely would wait with them. And if all went well,
+        # destroy_process_group may still wait for ever (torch 2.6: for a thread that waits for Python's lock)
+        sys.stdout.flush()
+        os._exit(status)
     sys.exit(status)
 
 def one_line(error):
@@ -757,6 +758,7 @@ class Log:
                 os.write(self.file, (text + ",".join([str(step), *cells]) + "\n").encode())
             for name in values if self.board else ():
                 self.board.add_scalar(name, values[name], step)
+                self.board.flush()
         return values
 
 class DiskArrays:

@@ -793,6 +793,7 @@ def test_mistake(case, finished, tmp_path):
             else:
                 os.system(f"umount {held}")
     assert status == want, (status, out[-500:], lines[-12:])
+    lines = [line for line in lines if not line.startswith("Downloading: ")]   # torch.hub's, in torch 2.6
     if want:
         assert len(lines) == 1 and lines[0].startswith(f"{script}.py: "), lines[-12:]
         assert len(lines[0]) < 1500 and all(word in lines[0] for word in words.split()), lines
