@@ -92,7 +92,7 @@ class Settings:
         # of the tokenizer: fp32 (TF32 on CUDA) or bf16 autocast; losses are fp32
     compile: bool = opt(torch.cuda.is_available(), same=False)  # torch.compile encoder and decoder
     accumulate: int = opt(1, "[1, inf)", same=False)
-        # parts of each process's batch, one after the other: less memory, a sixth more time
+        # parts of each process's batch, one after the other: less memory, every forward pass twice
     checkpointing: bool = opt(False, same=False)  # compute activations twice: less memory, a third more time
     workers: int = opt(8, "[0, 512]", same=False)  # loading processes for each training process
     log_every: int = opt(50, "[1, inf)", same=False)  # steps between lines of metrics_vae.csv
