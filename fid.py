@@ -273,9 +273,10 @@ class Pictures(Dataset):
             self.size = size or open_image(self.items[0]).size
             return
         with reading(path, " than an .npz batch"), np.load(path) as archive:
-            arrays = dict(archive)
+            arrays = {name: np.asarray(value) for name, value in archive.items()}  # of what is no .npy: bytes
             self.meta = {} | json.loads(str(arrays.get("meta", "{}")))
-            self.labels = torch.as_tensor(arrays["arr_1"]) if "arr_1" in arrays else None
+            if "arr_1" in arrays:
+                self.labels = torch.from_numpy(arrays["arr_1"].astype(np.int64, casting="same_kind"))
         self.items = x = arrays.get("arr_0", np.zeros((0, 0, 0, 3), np.uint8))
         whole = x.dtype == np.uint8 and x.shape[3:] == (3,)
         require(whole, f"{path}: arr_0 is {x.dtype} {x.shape}, not uint8 (N, H, W, 3)")
@@ -387,7 +388,7 @@ def feature_network(s, run, world, input="tf"):
     torch.manual_seed(s.seed)  # its weights are a function of images and settings
     net, hint = Classifier(len(train.classes), 8, width=32), "remove it, or name another folder with --cache"
     made = load_checkpoint(path, "score_net", hint) if path.exists() else {}
-    if made.get("key") != key and world.rank == 0:
+    if repr(made.get("key")) != repr(key) and world.rank == 0:
         index = random_subset(len(train), s.num)
         x, y = torch.stack([train[i] for i in index.tolist()]), train.labels[index]
         net = train_classifier(net, x, y, s.steps, s.seed, world.device, "score network")
@@ -488,7 +489,8 @@ def latent_vectors(path, seed, num=10_000):
             z = z[np.arange(n), :, rng.integers(h, size=n), rng.integers(w, size=n)]
         z = z.astype(np.float64)
         # of rank 0 is a point, of rank 1 a line: no density in a plane
-        require(z.ndim == 2 and np.abs(z).max() < 1e30 and np.linalg.matrix_rank(np.cov(z.T)) > 1,
+        plane = z @ rng.normal(size=(z.shape[1], 2))  # (n, 2)
+        require(z.ndim == 2 and np.abs(z).max() < 1e30 and np.linalg.matrix_rank(np.cov(plane.T)) > 1,
                 f"{path}: no finite vectors (N, d) that spread in two directions, but {z.shape}")
     return (z - z.mean(0)) / (z.std(0) + 1e-12)
 
@@ -503,7 +505,7 @@ def embed(z, how, seed):
         from sklearn.manifold import TSNE
     except ImportError:
         raise UserError("t-SNE needs scikit-learn: pip install scikit-learn, or use --embedding pca")
-    tsne = TSNE(perplexity=min(30, (len(z) - 1) / 3), random_state=seed, n_jobs=-1)
+    tsne = TSNE(perplexity=min(30, (len(z) - 1) / 3), random_state=seed % 2 ** 32, n_jobs=-1)
     return tsne.fit_transform(z).astype(np.float64)
 
 def scatter(points, path, size=800):

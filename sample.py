@@ -364,7 +364,10 @@ def pictures(system, s, batch):
         save_grid(torch.stack(columns, dim=1).flatten(0, 1), out / "trajectory.png", len(stops))
         print(f"{out}/trajectory.png, columns: t =", *(f"{ts[k]:.3f}" for k in stops))
     if s.png:
-        for i, image in enumerate(tqdm(npz_array(batch), "PNG", unit="image")):
+        images, side = npz_array(batch), system.identity["image_size"]
+        require(images.dtype == np.uint8 and images.shape == (s.num, side, side, 3), f"{batch} is damaged: "
+                "--fresh makes it again")
+        for i, image in enumerate(tqdm(images, "PNG", unit="image")):
             picture = Image.fromarray(image)
             atomic_write(out / "samples" / f"{i:06d}.png", lambda file, p=picture: p.save(file, "PNG"))
 

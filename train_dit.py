@@ -366,7 +366,7 @@ def begin(s, world, state, path):
     if state:
         with reading(path):
             same = state["tokenizer"]["fingerprint"] == meta["fingerprint"]
-            require(same and state["identity"] == meta["identity"],
+            require(same and (state["identity"], state["total_steps"]) == (meta["identity"], total),
                     f"{path} was trained on latents of another tokenizer or other images than {s.vae} and "
                     f"{s.latents}: name those with --vae and --latents, or start over with --fresh")
             load_weights(run.model, state["model"], path)
@@ -453,15 +453,16 @@ class Latents:
     def __init__(self, folder):
         meta = read_json(folder / "latents.json", "classes", "shape", "mean", "std", "fingerprint",
                          "identity", "image_size")
-        self.meta, self.classes, self.shape = meta, meta["classes"], tuple(meta["shape"])
+        self.meta, self.classes = meta, meta["classes"]
         # (1, d, 1, 1)
         self.mean, self.std = (torch.tensor(meta[name]).view(1, -1, 1, 1) for name in ("mean", "std"))
         with reading(folder / "labels.npy"):
             self.labels = torch.from_numpy(np.load(folder / "labels.npy"))
         with reading(folder / "latents.npy"):
             self.file = np.load(folder / "latents.npy", mmap_mode="r")
-            whole = self.file.shape == (len(self.labels), 2, *self.shape) and self.file.dtype == np.float16
+            whole = self.file.shape == (len(self.labels), 2, *meta["shape"]) and self.file.dtype == np.float16
             require(whole, f"{folder}/latents.npy and labels.npy are not what latents.json describes")
+        self.shape = self.file.shape[2:]
 
     def read(self, index, flip):
         """index (b,) int64, flip (b,) 0 or 1 -> (b, d, h, w) float16."""
@@ -476,7 +477,7 @@ class AuthorsLatents:
         for path in sorted(folder.glob("*.safetensors")):
             with reading(path):
                 shard = safe_open(str(path), "pt")  # opened once, not once an item
-                labels.append(shard.get_tensor("labels").long())
+                labels.append(shard.get_tensor("labels"))
                 self.views.append([shard.get_slice("latents"), shard.get_slice("latents_flip")])
             shape = self.views[0][0].get_shape()[1:]
             whole = all(view.get_shape() == [len(labels[-1]), *shape] for view in self.views[-1])
@@ -501,7 +502,7 @@ def read_latents(folder):
         labels, stats = latents.labels, torch.cat([latents.mean, latents.std])  # (N,), (2, d, 1, 1)
         whole = labels.dtype == torch.int64 and stats.shape == (2, latents.shape[0], 1, 1)
         whole = whole and labels.dim() == 1 and 0 <= labels.min() and labels.max() < len(latents.classes)
-        whole = whole and stats.isfinite().all() and latents.std.min() > 0
+        whole = whole and stats.abs().max() < 1e6 and latents.std.min() > 1e-6
         require(whole, f"the labels or statistics in {folder} are damaged: remove it, or name another")
     latents.name = folder
     return latents

@@ -241,9 +241,10 @@ def train(s, world):
     with world.first():
         images = Images(s.data, "train", s.image_size, random_crop if s.crop == "random" else center_crop)
         test = Images(s.data, "test", s.image_size)
-    require(not state or state["identity"] == images.identity, f"the images of --data {s.data} are not those "
-            f"that {path} was trained on; use those, another --out, or --fresh to start over")
     total = s.steps or max(1, round(s.epochs * len(images) / s.batch_size))
+    same = not state or (state["identity"], state["total_steps"]) == (images.identity, total)
+    require(same, f"the images of --data {s.data} are not those that {path} was trained on; use those, "
+            "another --out, or --fresh to start over")
     step = state["step"] if state else 0
     run = build(s, images, world, state is not None)
     if state:
@@ -360,6 +361,7 @@ import re
 import resource
 import sys
 import time
+import warnings
 from datetime import timedelta
 from functools import lru_cache
 
@@ -398,17 +400,18 @@ def build(s, images, world, resumed):
         spec, weights = read_released_tokenizer(s.init)
         require(spec == SPECS[s.spec], f"--init {s.init} holds another tokenizer than --spec {s.spec}")
         load_weights(run.tokenizer.vae, weights, s.init)
-        ours = torch_load(s.init)
-        theirs = ours.get("state_dict", ours)
-        for name, prefix in (("linear_proj", "linear_proj."), ("discriminator", "loss.discriminator.")):
-            part = run.parts().get(name)
-            if part is not None:
-                found = {key.removeprefix(prefix): theirs[key] for key in theirs if key.startswith(prefix)}
-                found, own = ours.get(name, found), part.state_dict()
-                # W belongs to one foundation model, and of another one it has another shape
-                fits = own.keys() == found.keys() and all(own[k].shape == found[k].shape for k in own)
-                world.print(f"--init {s.init}: {name} {'comes from it, too' if fits else 'starts anew'}")
-                load_weights(part, found if fits else own, s.init)
+        with reading(s.init):
+            ours = torch_load(s.init)
+            theirs = ours.get("state_dict", ours)
+            for name, prefix in (("linear_proj", "linear_proj."), ("discriminator", "loss.discriminator.")):
+                part = run.parts().get(name)
+                if part is not None:
+                    found = {k.removeprefix(prefix): theirs[k] for k in theirs if k.startswith(prefix)}
+                    found, own = ours.get(name, found), part.state_dict()
+                    # W belongs to one foundation model, and of another one it has another shape
+                    fits = own.keys() == found.keys() and all(own[k].shape == found[k].shape for k in own)
+                    world.print(f"--init {s.init}: {name} {'comes from it, too' if fits else 'starts anew'}")
+                    load_weights(part, found if fits else own, s.init)
     return run
 
 def in_parts(forward, n):
@@ -493,6 +496,10 @@ def run_script(cls, presets, doc, work):
     """Parse, set up, work(settings, world): the one place where errors end in one line and a status."""
     message, status = "", 1
     signal.signal(signal.SIGINT, signal.default_int_handler)  # see the top of the script
+    # stderr is for our one line: no warnings of libraries, nor of loaders that are torn down
+    warnings.simplefilter("ignore")
+    sys.unraisablehook = lambda broken: None
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
     try:
         settings = parse_settings(cls, presets, doc)
         if settings.device == "cpu":
@@ -524,7 +531,8 @@ def run_script(cls, presets, doc, work):
 def one_line(error):
     """An error's message; of one from a loading process, which comes with a traceback, the last line's."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[-1].partition(": ")[2] if lines[0].startswith("Caught ") else " ".join(lines)
+    from_worker = lines[1:2] == ["Original Traceback (most recent call last):"]
+    return lines[-1].partition(": ")[2] if from_worker else " ".join(lines)
 
 # --- Processes and signals -------------------------------------------------------------------------
 class World:
@@ -536,7 +544,7 @@ class World:
         port = "0" if os.environ.get("WORLD_SIZE", "1") == "1" else ""
         env = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": port}
         env = {name: os.environ.get(name, default) for name, default in env.items()}
-        numbers = all(text.isdecimal() for text in env.values())
+        numbers = all(re.fullmatch(r"\d{1,5}", text) for text in env.values())
         require(numbers and int(env["RANK"]) < int(env["WORLD_SIZE"]), f"{env} is not what torchrun sets")
         self.rank, self.size, self.local, port = map(int, env.values())
         require("WORLD_SIZE" in os.environ or os.environ.get("SLURM_STEP_NUM_TASKS", "1") == "1",
@@ -638,8 +646,9 @@ def atomic_write(path, write):
     """write(file) under a temporary name, flush to disk, rename: the old file or the whole new one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")  # what a kill leaves behind is overwritten
+    temporary = path.with_name(f".{path.name}.tmp")  # what a kill leaves behind is replaced
     try:
+        temporary.unlink(missing_ok=True)  # it might be a link
         with open(temporary, "wb") as file:
             write(file)
             file.flush()
@@ -692,7 +701,8 @@ def resume(path, stage, settings):
     then = {setting.name: setting.default for setting in fields(settings)} | state["settings"]
     now = {setting.name: getattr(settings, setting.name) for setting in fields(settings)
            if setting.metadata.get("same", True)}
-    changed = [f"{flag(k)} {now[k]!r} (checkpoint: {then[k]!r})" for k in now if now[k] != then[k]]
+    with reading(path):
+        changed = [f"{flag(k)} {now[k]!r} (checkpoint: {then[k]!r})" for k in now if now[k] != then[k]]
     require(not changed, f"{path} was made with other settings: {', '.join(changed)}; use those, another "
             "--out, or --fresh to start over")
     return state
@@ -700,8 +710,12 @@ def resume(path, stage, settings):
 def load_optimizer(optimizer, state, path):
     """Restore an optimizer, also on another kind of device: moments in the memory layout of their weights."""
     with reading(path):
+        own = dict(optimizer.param_groups[0])
         optimizer.load_state_dict(state)
-        for weight, moments in optimizer.state.items():
+        optimizer.param_groups[0].update(own)  # rate and betas are the settings', not the file's
+        for weight in own["params"] if optimizer.state else ():
+            moments = optimizer.state[weight]
+            require(moments["step"] > 0, f"{path} is damaged: the step of Adam is not above 0")
             for name in ("exp_avg", "exp_avg_sq"):
                 moments[name] = torch.empty_like(weight).copy_(moments[name].view_as(weight))
                 require(moments[name].isfinite().all(), f"{path} is damaged: {name} of Adam is not finite")
@@ -717,12 +731,13 @@ class Log:
         if world.rank > 0:
             return
         self.file = locked(self.path)  # two runs in one folder would mix their files
-        text = os.pread(self.file, os.fstat(self.file).st_size, 0)
-        # a full disk leaves half a line
-        whole = re.fullmatch(rb"(step,[\w,.]*(\n\d+,[\w,.+-]*)*(\n[\d,.e+-]*)?)?", text)
-        require(whole, f"{path} is damaged, or not this script's: move it away to go on")
-        ends = [line.end() for line in re.finditer(rb"(?m)^(\d+),.*\n", text) if int(line[1]) <= step]
-        os.truncate(self.file, max(ends, default=0))  # lines after the checkpoint will be written again
+        with reading(path):
+            text = os.pread(self.file, os.fstat(self.file).st_size, 0)
+            # a full disk leaves half a line
+            whole = re.fullmatch(rb"(step,[\w,.]*(\n\d+,[\w,.+-]*)*(\n[\d,.e+-]*)?)?", text)
+            require(whole, f"{path} is damaged, or not this script's: move it away to go on")
+            ends = [line.end() for line in re.finditer(rb"(?m)^(\d+),.*\n", text) if int(line[1]) <= step]
+            os.truncate(self.file, max(ends, default=0))  # lines after the checkpoint will be written again
         with contextlib.suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
             self.board = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=step)
@@ -751,7 +766,10 @@ class Log:
         values["images_per_s"] = self.batch_size * (step - at) / max(time.time() - then, 1e-9)
         values["memory_gib"] = peak_memory(device)
         if self.world.rank == 0:
-            text = "" if os.fstat(self.file).st_size else ",".join(["step", *values]) + "\n"
+            header = ",".join(["step", *values]) + "\n"
+            old = os.pread(self.file, len(header), 0).decode()
+            require(old in ("", header), f"{self.path} has other columns: move it away to go on")
+            text = "" if old else header
             # empty: not measured
             cells = ["" if math.isnan(value) else f"{value:.6g}" for value in values.values()]
             with reading(self.path):  # through the one descriptor: closing another would end the lock
@@ -784,8 +802,10 @@ class DiskArrays:
             require(not other, f"{self.folder} was begun with other settings: {', '.join(other)}; use those, "
                     "or remove the folder")
             if self.marks.exists():
-                whole = all(self.array(name).shape == (n, *arrays[name][0]) for name in arrays)
-                whole = whole and self.marks.stat().st_size == len(self.chunks)
+                found = [(a.shape, a.dtype, a.flags.c_contiguous) for a in map(self.array, arrays)]
+                whole = found == [((n, *shape), dtype, True) for shape, dtype in arrays.values()]
+                marks = self.marks.read_bytes()
+                whole = whole and len(marks) == len(self.chunks) and set(marks) <= {0, 1}
                 return require(whole, f"{self.folder} is damaged: remove it")
         self.marks.unlink(missing_ok=True)  # else a kill now would leave the old ones
         write_json(self.note, key)
@@ -844,7 +864,7 @@ class DiskArrays:
 def npz_array(path, name="arr_0"):
     """An array of an .npz. UserError if it is damaged, lacks it, or holds objects."""
     with reading(path, f" than an .npz with {name}"), np.load(path, allow_pickle=False) as archive:
-        return archive[name]
+        return np.asarray(archive[name])
 
 # --- Images ----------------------------------------------------------------------------------------
 def to_float(images):
@@ -937,8 +957,9 @@ class Images(Dataset):
         elif data in TORCHVISION:
             self.source = torchvision_set(data, split)
             self.classes = [name[0] if isinstance(name, tuple) else name for name in self.source.classes]
-            pairs = getattr(self.source, "_samples", ())  # Imagenette's, which keeps no targets
-            labels, names = [label for _, label in pairs] or self.source.targets, (data, split)
+            labels, names = getattr(self.source, "targets", None), (data, split)
+            if labels is None:  # Imagenette's: files
+                self.source, labels = zip(*self.source._samples)
         else:
             pairs, self.classes = list_folder(Path(data), split)
             self.source, labels = zip(*pairs)
@@ -961,10 +982,13 @@ class Images(Dataset):
         return self.crop(item, self.size, where)
     __getitem__ = load
 
+# of IMG_EXTENSIONS: Pillow would run PostScript, whatever the name
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")
+
 def open_image(path):
     """A file -> an RGB PIL image. UserError names a file that cannot be read."""
     require(os.path.isfile(path), f"cannot read the image {path}: it is not there, or no file")
-    with reading(path, " than an image"), Image.open(path) as image:
+    with reading(path, " than an image"), Image.open(path, formats=FORMATS) as image:
         require(image.mode != "F", f"{path} is an image of floats, whose range it does not say")
         require(max(image.size) <= 100 * min(image.size), f"{path} is too narrow a strip: {image.size}")
         if image.mode.startswith("I"):  # 16-bit grey, which Pillow's conversion clips to white
@@ -979,8 +1003,8 @@ def torchvision_set(data, split):
     for download in (False, True):
         try:
             return TORCHVISION[data]("data", download=download, **which)
-        except (OSError, RuntimeError) as error:  # not there, or no network
-            reason = str(error).splitlines()[0]
+        except (OSError, RuntimeError, AssertionError, ValueError, LookupError) as error:  # or damaged
+            reason = one_line(error)
     raise UserError(f"--data {data} is not in ./data and cannot be downloaded: {reason}")
 
 def list_folder(folder, split):

@@ -288,6 +288,7 @@ def require(condition, message):
 @contextlib.contextmanager
 def reading(path, more=""):
     """Whatever goes wrong inside is this file's fault: the OSError or UserError that comes out names it."""
+    require(not Path(path).is_fifo(), f"{path} is a pipe, not a file")
     try:
         yield
     except (UserError, torch.cuda.OutOfMemoryError):
@@ -307,7 +308,8 @@ KINDS = {"step": int, "total_steps": int, "image_size": int, "seed": int, "objec
 
 def check_entries(state, path, *names):
     """UserError unless a dict from a file has these entries, each of its kind, and makes sense."""
-    wrong = [k for k in names if not isinstance(state.get(k), KINDS.get(k, dict))]
+    kinds = {k: type(state.get(k)) for k in names}
+    wrong = [k for k, kind in kinds.items() if not issubclass(kind, KINDS.get(k, dict)) or kind is bool]
     settings = {} if "settings" in wrong else state.get("settings", {})
     wrong += [k for k in settings.keys() & KINDS.keys() if not isinstance(settings[k], KINDS[k])]
     if not wrong and "step" in names and not 0 <= state["step"] <= state["total_steps"]:
@@ -387,7 +389,8 @@ def load_weights(module, weights, path):
     except Exception as error:  # torch's text, a line for each weight: the first of them in one line
         raise UserError(f"{path} does not fit: {textwrap.shorten(str(error), 300)}") from error
     broken = [k for k, v in module.state_dict().items() if v.is_floating_point()
-              and not (weights[k].is_floating_point() and v.abs().max() < 1e6)]
+              and not (weights[k].is_floating_point() and v.abs().max() < 1e6
+                       and (v.min() >= 0 or "running_var" not in k))]
     require(not broken, f"{path} is damaged: {', '.join(broken[:3])} is not finite, or above a million")
 
 TRAINING_ONLY = ("loss.", "foundation_model.", "linear_proj.", "model_ema.")  # LDM's and the authors'

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from vae import UserError, autocast, hub_file, reading
+from vae import UserError, autocast, hub_file, load_weights, reading, torch_load
 
 
 def marginal_cosine_loss(z, f, margin=0.5):
@@ -134,14 +134,17 @@ def load_dinov2(size="l"):
     """DINOv2 ViT-s/b/l/g 14 from torch.hub: the last layer's normalised patch tokens, no class token."""
     hub, name = torch.hub.get_dir(), f"dinov2_vit{size}14"
     try:
-        # skip_validation: or torch.hub asks GitHub whether the commit is a branch's newest
+        # skip_validation: or torch.hub asks GitHub whether the commit is a branch's newest. pretrained: the
+        # repository's own way of loading would run code in the file of weights
         net = torch.hub.load(f"facebookresearch/dinov2:{DINOV2_COMMIT}", name, trust_repo=True,
-                             skip_validation=True, verbose=False)
-    except OSError as error:
+                             skip_validation=True, verbose=False, pretrained=False)
+        weights = hub_file(f"https://dl.fbaipublicfiles.com/dinov2/{name}/{name}_pretrain.pth")
+    except Exception as error:  # of the network, or in the code
         raise UserError(
             f"cannot load DINOv2 ({error}); without a network, unpack github.com/facebookresearch/dinov2 at "
             f"{DINOV2_COMMIT} as {hub}/facebookresearch_dinov2_{DINOV2_COMMIT}, put dl.fbaipublicfiles.com/"
-            f"dinov2/{name}/{name}_pretrain.pth in {hub}/checkpoints, or use --vf none")
+            f"dinov2/{name}/{name}_pretrain.pth in {hub}/checkpoints, or use --vf none") from error
+    load_weights(net, torch_load(weights), weights)
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
     return FoundationModel(net, lambda net, x: net.get_intermediate_layers(x, 1, reshape=True, norm=True)[0],
                            net.embed_dim, 14, mean, std)
@@ -156,7 +159,9 @@ def load_timm(name, grid):
                        name=f"{model}.safetensors")
     # any image size; SAM's ViT takes it anyway
     dynamic = {} if name == "sam" else {"dynamic_img_size": True}
-    net = timm.create_model(model, pretrained=True, pretrained_cfg_overlay={"file": str(weights)}, **dynamic)
+    with reading(weights):
+        net = timm.create_model(model, pretrained=True, pretrained_cfg_overlay={"file": str(weights)},
+                                **dynamic)
     patch, config = net.patch_embed.patch_size[0], net.pretrained_cfg
 
     def tokens(net, x):

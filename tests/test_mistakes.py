@@ -201,6 +201,23 @@ def array(path, value):
     return prepare
 
 
+def pipe(path):
+    def prepare(root):
+        (root / path).unlink(missing_ok=True)
+        os.mkfifo(root / path)
+    return prepare
+
+
+def ghostscript(root):
+    """A program in a picture, which Pillow would give to Ghostscript."""
+    (root / "bin").mkdir()
+    (root / "bin" / "gs").write_text("#!/bin/sh\ntouch pwned\necho 10.0\n")
+    (root / "bin" / "gs").chmod(0o755)
+    program = "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\n%%EndComments\n(x) run\n"
+    text("photos/ant/00.png", program)(root)
+    return lambda: os.environ.update(PATH=f"{root / 'bin'}:{os.environ['PATH']}")
+
+
 def both(*steps):
     def prepare(root):
         return [step(root) for step in steps][-1]
@@ -508,6 +525,37 @@ CASES = [
     ("losses by time of another kind", D, HALF_DIT, state("half/dit.pt", bins=torch.zeros(3, 3)),
      "half/dit.pt"),
     ("more steps done than there are", V, RUN_MINI, state("half/vae.pt", step=99), "half/vae.pt"),
+    # --- found by a second hostile reader
+    ("another total", V, RUN_MINI, state("half/vae.pt", step=50, total_steps=99), "half/vae.pt"),
+    ("another total, dit", D, HALF_DIT, state("half/dit.pt", step=50, total_steps=99), "half/dit.pt"),
+    ("steps of true", S, "--fresh", state("run/dit.pt", step=True, total_steps=True), "run/dit.pt"),
+    ("a setting that is a tensor", V, RUN_MINI, state("half/vae.pt", settings__lr=torch.zeros(3)),
+     "half/vae.pt"),
+    ("Adam's step is a vector", D, HALF_DIT, state("half/dit.pt", optimizer__state=lambda old: {
+        k: v | {"step": torch.ones(2)} for k, v in old.items()}), "half/dit.pt"),
+    ("moments of one weight missing", D, HALF_DIT, state("half/dit.pt", optimizer__state=lambda old: {
+        k: v for k, v in old.items() if k}), "half/dit.pt"),
+    ("negative variances", F, "", state("run/score_net.pt", state_dict=lambda old: {
+        k: v * 0 - 1 if k.endswith("running_var") else v for k, v in old.items()}), "run/score_net.pt"),
+    *((f"--init with W of {kind}", V, "--vf mini --init run/vae.pt", state("run/vae.pt", linear_proj=value),
+       "run/vae.pt", 1, "new") for kind, value in (("a list", [1]), ("a number", {"weight": 3}))),
+    ("PostScript called PNG", V, "--steps 9", ghostscript, "photos/ant/00.png"),
+    ("a log of other columns", D, HALF_DIT, text("half/metrics_dit.csv", "step,foo\n1,2\n2,3\n"),
+     "half/metrics_dit.csv"),
+    ("a log that is a pipe", D, HALF_DIT, pipe("half/metrics_dit.csv"), "half/metrics_dit.csv"),
+    ("a tokenizer that is a pipe", D, "", pipe("run/vae.pt"), "run/vae.pt"),
+    ("latents begun in float64", D, NEW_LATENTS, both(begun(), array("new/latents/latents.npy",
+     lambda old: old.astype(float))), "new/latents", 1, "new/latents/lock"),
+    ("latents begun in Fortran's order", D, NEW_LATENTS, both(begun(), array("new/latents/latents.npy",
+     np.asfortranarray)), "new/latents", 1, "new/latents/lock"),
+    ("marks of text", D, NEW_LATENTS, both(begun(), text("new/latents/marks", "hello")), "new/latents", 1,
+     "new/latents/lock"),
+    ("a mean of 1e9", D, "", values("run/latents/latents.json", mean=[1e9] * 4), "run/latents"),
+    *((f"classes of {kind}", F, "--samples a.npz", array("a.npz", {
+        "arr_0": np.zeros((9, 16, 16, 3), np.uint8), "arr_1": np.full(9, 0.5).astype(kind)}), "a.npz")
+      for kind in ("float64", "complex128")),
+    ("PNGs of a batch of floats", S, "--png", array("run/samples.npz", {"arr_0": np.zeros((8, 16, 16, 3))}),
+     "run/samples.npz"),
     ("fewer than none", D, HALF_DIT, state("half/dit.pt", step=-1), "half/dit.pt"),
     ("a log of junk", V, RUN_MINI, text("half/metrics_vae.csv", bytes(range(256))), "half/metrics_vae.csv"),
     ("a log of other words", D, HALF_DIT, text("half/metrics_dit.csv", "a,b\n1,2\n"), "half/metrics_dit.csv"),

@@ -504,7 +504,7 @@ def test_identity_is_of_the_list_of_files_and_classes(tmp_path):
 
 @pytest.mark.filterwarnings("error")   # torch warns of a tensor copied by torch.tensor
 @pytest.mark.parametrize("kind", ["list", "tensor", "_samples"])
-def test_torchvision_s_sets(monkeypatch, kind):
+def test_torchvision_s_sets(monkeypatch, tmp_path, kind):
     class Fake:
         classes = [("zero", "0"), "one"] if kind == "_samples" else ["zero", "one"]
 
@@ -514,7 +514,7 @@ def test_torchvision_s_sets(monkeypatch, kind):
                 raise RuntimeError("not found")
             labels = [0, 1, 1]
             targets = torch.tensor(labels) if kind == "tensor" else labels
-            vars(self).update({"_samples": [("path", v) for v in labels]} if kind == "_samples"
+            vars(self).update({"_samples": list(zip(files, labels))} if kind == "_samples"
                               else {"targets": targets})
 
         def __len__(self):
@@ -522,6 +522,9 @@ def test_torchvision_s_sets(monkeypatch, kind):
 
         def __getitem__(self, i):
             return Image.new("L", (20, 24), 80 * i), int(i > 0)
+    files = [tmp_path / f"{i}.png" for i in range(3)]
+    for i, file in enumerate(files):
+        Image.new("L", (20, 24), 80 * i).save(file)
     asked, name = [], "imagenette" if kind == "_samples" else "cifar10"
     monkeypatch.setitem(train_vae.TORCHVISION, name, Fake)
     images = Images(name, "test", 16)
