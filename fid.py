@@ -224,7 +224,7 @@ from itertools import count
 
 import torch.distributed as dist
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.models import inception_v3
 from torchvision.models.feature_extraction import create_feature_extractor
@@ -232,7 +232,7 @@ from torchvision.transforms import functional as transform
 from tqdm import tqdm
 
 from train_dit import read_latents
-from train_vae import Images, atomic_write, center_crop, ignore_signals, load_checkpoint, open_image
+from train_vae import Images, atomic_write, center_crop, load_checkpoint, loader, open_image
 from vae import SPECS, UserError, hub_file, load_tokenizer, load_weights, torch_load
 from vf_loss import Classifier, train_classifier
 
@@ -312,9 +312,8 @@ def batches(images, s, world, title):
     chosen = random_subset(len(images), s.num)
     require(len(chosen) >= max(2, world.size), f"{title}: {len(chosen)} are too few; thousands make sense")
     mine = [part.tolist() for part in chosen.tensor_split(world.size)[world.rank].split(s.batch_size)]
-    work = DataLoader(images, batch_sampler=mine, num_workers=s.workers, worker_init_fn=ignore_signals,
-                      multiprocessing_context="fork" if s.workers else None)
-    for index, x in zip(mine, tqdm(work, title, unit="batch", disable=world.rank > 0)):
+    work = loader(images, s.workers, world.device, batch_sampler=mine)
+    for index, x in zip(mine, tqdm(work, title, len(mine), unit="batch", disable=world.rank > 0)):
         yield index, x.to(world.device)
 
 def gathered(parts, world):

@@ -289,9 +289,9 @@ def train(s, world):
             parts = {"model": run.model, "ema": run.ema, "optimizer": run.opt}
             save_checkpoint(facts | kept | {name: part.state_dict() for name, part in parts.items()}, to)
 
-    batches = LatentBatches(latents, s.batch_size, s.seed, part)
-    bar = tqdm(loader(batches, step, total, s.workers, device), initial=step, total=total,
-               desc="LightningDiT", unit="step", disable=world.rank > 0)
+    batches = loader(LatentBatches(latents, s.batch_size, s.seed, part), s.workers, device, batch_size=None,
+                     sampler=range(step, total))
+    bar = tqdm(batches, "LightningDiT", total, initial=step, unit="step", disable=world.rank > 0)
     for z, y in bar:
         # normalised latent x1 = (z - mean) / std: data on the scale of the noise
         x1 = (z.to(device, non_blocking=True).float() - mean) / std  # (b, d, h, w)
@@ -326,9 +326,9 @@ def train(s, world):
 
 # === Plumbing: nothing of the paper below this line ===
 import numpy as np
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from train_vae import batch_indices, ignore_signals, load_optimizer, run_script, save_grid, to_float
+from train_vae import batch_indices, load_optimizer, run_script, save_grid, to_float
 from vae import fingerprint, load_tokenizer, reading, require, torch_load
 
 BINS = 5
@@ -416,9 +416,8 @@ def extract(s, world, vae, images, key, folder):
     disk = DiskArrays(folder, len(images), s.extract_batch, arrays, key, world)
     todo = disk.missing()
     # loading processes decode images while the GPU encodes
-    work = DataLoader(images, batch_sampler=[range(*chunk) for chunk in todo], num_workers=s.workers,
-                      worker_init_fn=ignore_signals, multiprocessing_context="fork" if s.workers else None)
-    for (start, stop), x in zip(todo, tqdm(work, f"latents to {folder}", disable=world.rank > 0)):
+    work = loader(images, s.workers, device, batch_sampler=[range(*chunk) for chunk in todo])
+    for (start, stop), x in zip(todo, tqdm(work, f"latents to {folder}", len(todo), disable=world.rank > 0)):
         x = to_float(x.to(device))  # (b, 3, S, S)
         g = step_generator("cpu", s.seed, "posterior", start // s.extract_batch)
         # drawn on the CPU, so that it is the same for any device

@@ -227,9 +227,11 @@ class Run:
         return {name: part for name, part in parts.items() if part is not None}
 
     def load(self, state, path):
+        """A checkpoint into all parts -> the steps done."""
         for name, part in self.parts().items():
             load = load_optimizer if part in self.optimizers else load_weights
             load(part, state.get(name), path)
+        return state["step"]
 
 def train(s, world):
     """The loop. A step's images, crops and noise are functions of (seed, step): a run killed and resumed is
@@ -242,14 +244,11 @@ def train(s, world):
         images = Images(s.data, "train", s.image_size, random_crop if s.crop == "random" else center_crop)
         test = Images(s.data, "test", s.image_size)
     total = s.steps or max(1, round(s.epochs * len(images) / s.batch_size))
-    same = not state or (state["identity"], state["total_steps"]) == (images.identity, total)
-    require(same, f"the images of --data {s.data} are not those that {path} was trained on; use those, "
-            "another --out, or --fresh to start over")
-    step = state["step"] if state else 0
+    require(not state or (state["identity"], state["total_steps"]) == (images.identity, total),
+            f"the images of --data {s.data} are not those of {path}: use those, another --out, or --fresh")
     run = build(s, images, world, state is not None)
-    if state:
-        run.load(state, path)
-        state = None  # lets go of the file, which is memory-mapped
+    step = run.load(state, path) if state else 0
+    state = None  # lets go of the file, which is memory-mapped
     vae = run.tokenizer.vae
     log, stop = Log(Path(s.out) / "metrics_vae.csv", world, step, s.batch_size), Stop(world)
     shape = (s.batch_size, vae.embed_dim, s.image_size // vae.f, s.image_size // vae.f)
@@ -265,8 +264,9 @@ def train(s, world):
     world.print(f"{s.spec} on {s.data} ({len(images)} images of {s.image_size}x{s.image_size}), VF loss "
                 f"{s.vf}, {world.device} x {world.size}: {total} steps of {s.batch_size} = "
                 f"{total * s.batch_size / len(images):.1f} epochs; from step {step}")
-    batches = loader(ImageBatches(images, s, share), step, total, s.workers, world.device)
-    bar = tqdm(batches, initial=step, total=total, desc="tokenizer", unit="step", disable=world.rank > 0)
+    batches = loader(ImageBatches(images, s, share), s.workers, world.device, batch_size=None,
+                     sampler=range(step, total))
+    bar = tqdm(batches, "tokenizer", total, initial=step, unit="step", disable=world.rank > 0)
     for x in bar:
         for optimizer in run.optimizers:
             optimizer.param_groups[0]["lr"] = s.lr * min(1.0, (step + 1) / max(1, s.warmup))
@@ -279,8 +279,8 @@ def train(s, world):
         log.watch(step, terms)
         if step % s.log_every == 0 or step == total:
             log.check(path, "try a smaller --lr, or --precision fp32")
-            columns = dict.fromkeys(("rec", "l1", "kl", "g", "d", "w_disc", "mcos", "mdms", "w_vf"), 0.0)
-            values = log.write(step, {"epoch": step * s.batch_size / len(images)} | columns | terms)
+            columns = dict.fromkeys("epoch rec l1 kl g d w_disc mcos mdms w_vf".split(), 0.0)
+            values = log.write(step, columns | terms | {"epoch": step * s.batch_size / len(images)})
             bar.set_postfix({name: f"{values[name]:.3g}" for name in ("rec", "mcos", "mdms")})
         stopping = stop.agreed() and step < total
         if step == total and world.rank == 0:  # before the last save, after which nothing is done again
@@ -1058,17 +1058,17 @@ class ImageBatches(Dataset):
             x = torch.where(chance[:, :1, None, None] < 0.5, x.flip(3), x)
         return x
 
-def ignore_signals(worker):
-    """A stop signal to the whole group is the parent's business."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-def loader(batches, start, stop, workers, device):
-    """Iterate batches[start], ..., batches[stop - 1], read ahead by `workers` processes (0: this one)."""
+def loader(data, workers, device, **order):
+    """Iterator over a DataLoader's batches, read ahead by `workers` processes (0: this one). order: its
+    sampler. Signals wait while they start, and never reach them: a stop is the parent's business."""
     options = {"num_workers": workers, "pin_memory": device.type == "cuda"}
     if workers:  # fork: Python 3.14's default would have to pickle memory maps
-        options |= {"prefetch_factor": 4, "multiprocessing_context": "fork", "worker_init_fn": ignore_signals}
-    return DataLoader(batches, batch_size=None, sampler=range(start, stop), **options)
+        options |= {"prefetch_factor": 4, "multiprocessing_context": "fork"}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        return iter(DataLoader(data, **order, **options))
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 if __name__ == "__main__":
     run_script(Settings, PRESETS, __doc__, train)

@@ -682,7 +682,8 @@ def test_batches_of_images_are_shared_cropped_and_mirrored(flip):
 
 def test_the_loader_gives_the_same_with_and_without_worker_processes():
     batches = ImageBatches(Numbered(), Settings(batch_size=8, seed=5, flip=True), slice(0, 8))
-    plain, read_ahead = (list(train_vae.loader(batches, 3, 9, workers, CPU)) for workers in (0, 1))
+    order = {"batch_size": None, "sampler": range(3, 9)}
+    plain, read_ahead = (list(train_vae.loader(batches, workers, CPU, **order)) for workers in (0, 1))
     assert len(plain) == len(read_ahead) == 6
     for step, a, b in zip(range(3, 9), plain, read_ahead, strict=True):
         assert torch.equal(a, b) and torch.equal(a, batches[step])
