@@ -279,8 +279,8 @@ def train(s, world):
         log.watch(step, terms)
         if step % s.log_every == 0 or step == total:
             log.check(path, "try a smaller --lr, or --precision fp32")
-            columns = dict.fromkeys("epoch rec l1 kl g d w_disc mcos mdms w_vf".split(), 0.0)
-            values = log.write(step, columns | terms | {"epoch": step * s.batch_size / len(images)})
+            columns = dict.fromkeys(("rec", "l1", "kl", "g", "d", "w_disc", "mcos", "mdms", "w_vf"), 0.0)
+            values = log.write(step, {"epoch": step * s.batch_size / len(images)} | columns | terms)
             bar.set_postfix({name: f"{values[name]:.3g}" for name in ("rec", "mcos", "mdms")})
         stopping = stop.agreed() and step < total
         if step == total and world.rank == 0:  # before the last save, after which nothing is done again
