@@ -243,7 +243,7 @@ def test_systems_state_epochs_steps_and_images(no_latents, monkeypatch, capsys, 
                                                epochs, uniform):
     """80,000 and 1,000,000 steps (rounded), uniform time from 480 epochs [Sec. 5.4], Table 2's epochs."""
     no_latents(IMAGENET)
-    monkeypatch.setattr(train_dit, "loader", lambda *args: [])  # train() to the end without a step
+    monkeypatch.setattr(train_dit, "loader", lambda *args, **order: [])  # train() to the end without a step
     s = parse("--preset", preset, "--out", tmp_path, "--device", "cpu", "--no-compile")
     assert (s.size, s.uniform_from_epoch, s.qknorm, s.grad_clip) == (size, uniform, False, 0)
     assert (s.class_dropout, s.ema) == (0.1, 0.9999)
