@@ -63,7 +63,7 @@ class Settings:
     lpips_weight: float = 1.0  # weight of LPIPS against the L1 loss of a pixel; 0: no VGG weights needed
     disc_weight: float = 0.5  # weight of the adversarial loss, times its adaptive weight; 0: none
     # The authors' `disc_start: 5001` counts the steps of both optimizers, two a batch: batch 2501 is the
-    # first with 2 * batch >= 5001. A delay: against an untrained decoder it would learn to tell noise.
+    # first with 2 * batch >= 5001. A delay: an untrained decoder's images are told at a glance.
     disc_start: int = 2501  # training batch, counted from 0, at which the discriminator begins
     # --- VF loss [Sec. 3.1-3.3]; "Empirically, we set m1 = 0.5, m2 = 0.25, and w_hyper = 0.1" [Sec. 5.1]
     vf: str = opt("dinov2", choices=("none", "mini", "dinov2", "dinov2-s", "dinov2-b", "dinov2-l", "dinov2-g",

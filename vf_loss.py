@@ -11,6 +11,7 @@ Read it top to bottom:
 Eq. 1, Z' = W Z, is a 1x1 convolution without bias, `linear_proj` in train_vae.py: it is trained with
 the tokenizer and thrown away with the loss. Eq. 5 stands in train_vae.py's train_step.
 """
+import os
 from itertools import pairwise
 
 import torch
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from vae import UserError, autocast, hub_file, load_weights, reading, torch_load
+from vae import UserError, autocast, hub_file, reading
 
 
 def marginal_cosine_loss(z, f, margin=0.5):
@@ -133,21 +134,23 @@ def load_foundation_model(name, grid=(16, 16), vf_input="model", mini=None):
 def load_dinov2(size="l"):
     """DINOv2 ViT-s/b/l/g 14 from torch.hub: the last layer's normalised patch tokens, no class token."""
     hub, name = torch.hub.get_dir(), f"dinov2_vit{size}14"
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # the hub's code would run what a file of weights holds
     try:
-        # skip_validation: or torch.hub asks GitHub whether the commit is a branch's newest. pretrained: the
-        # repository's own way of loading would run code in the file of weights
+        # skip_validation: or torch.hub asks GitHub whether the commit is a branch's newest
         net = torch.hub.load(f"facebookresearch/dinov2:{DINOV2_COMMIT}", name, trust_repo=True,
-                             skip_validation=True, verbose=False, pretrained=False)
-        weights = hub_file(f"https://dl.fbaipublicfiles.com/dinov2/{name}/{name}_pretrain.pth")
-    except Exception as error:  # of the network, or in the code
+                             skip_validation=True, verbose=False)
+    except Exception as error:  # of the network; or of damaged files, where torch advises to load unsafely
+        reason = error if isinstance(error, OSError) else f"damaged: {type(error).__name__}"
         raise UserError(
-            f"cannot load DINOv2 ({error}); without a network, unpack github.com/facebookresearch/dinov2 at "
+            f"cannot load DINOv2 ({reason}); without a network, unpack github.com/facebookresearch/dinov2 at "
             f"{DINOV2_COMMIT} as {hub}/facebookresearch_dinov2_{DINOV2_COMMIT}, put dl.fbaipublicfiles.com/"
             f"dinov2/{name}/{name}_pretrain.pth in {hub}/checkpoints, or use --vf none") from error
-    load_weights(net, torch_load(weights), weights)
+
+    def tokens(net, x):
+        f = net.forward_features(x)["x_norm_patchtokens"]  # (B, N, d_f)
+        return f.mT.unflatten(2, (x.shape[-2] // 14, x.shape[-1] // 14))  # (B, d_f, h, w)
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
-    return FoundationModel(net, lambda net, x: net.get_intermediate_layers(x, 1, reshape=True, norm=True)[0],
-                           net.embed_dim, 14, mean, std)
+    return FoundationModel(net, tokens, net.embed_dim, 14, mean, std)
 
 def load_timm(name, grid):
     """MAE, CLIP, SAM [Sec. 6.2] or DINOv2 from timm (optional). CLIP's patch tokens are projected to the

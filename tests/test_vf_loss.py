@@ -1,6 +1,7 @@
 """vf_loss.py, and train_vae.py's train_step that uses it: float64 loops, gradients by hand, and each loss's
 gradient alone put together with the paper's weights."""
 import math
+import os
 
 import pytest
 import torch
@@ -381,7 +382,7 @@ def test_a_grid_that_does_not_match_is_an_error():
         mini(torch.zeros(1, 3, 32, 32), (4, 4))
 
 
-def test_a_foundation_model_is_frozen_for_good():
+def test_a_foundation_model_is_frozen():
     model, _ = spy_model()
     assert not any(p.requires_grad for p in model.parameters())
     assert not model.net.training
@@ -402,14 +403,11 @@ class ViT(nn.Module):
         super().__init__()
         self.embed_dim, self.patch_embed = width, nn.Conv2d(3, width, 14, stride=14)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
-    def get_intermediate_layers(self, x, n=1, reshape=False, return_class_token=False, norm=True):
+    def forward_features(self, x, masks=None):
         h = self.patch_embed(x).flatten(2).transpose(1, 2)
         h = torch.cat([self.cls_token.expand(len(h), -1, -1), h], 1)
-        h = nn.functional.layer_norm(h, (self.embed_dim,)) if norm else h
-        h = h[:, 1:]
-        if reshape:
-            h = h.reshape(len(h), x.shape[2] // 14, x.shape[3] // 14, -1).permute(0, 3, 1, 2)
-        return (h,)
+        h = nn.functional.layer_norm(h, (self.embed_dim,))
+        return {"x_norm_clstoken": h[:, 0], "x_norm_patchtokens": h[:, 1:], "x_prenorm": h, "masks": masks}
 
 def build(name, width, pretrained):
     net = ViT(width)
@@ -475,6 +473,18 @@ def test_dinov2_without_network_says_what_to_put_where(dinov2_cache, missing):
     assert ("github.com" if missing == "code" else "dinov2_vitl14_pretrain.pth") in url
     for words in (repository.name, weights.name, str(weights.parent), "--vf"):
         assert words in message
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, (os.environ["EVIL_FOLDER"],)
+
+
+def test_code_in_dinov2_s_weights_does_not_run(dinov2_cache, monkeypatch, tmp_path):
+    monkeypatch.setenv("EVIL_FOLDER", str(tmp_path / "evil"))
+    torch.save({"patch_embed.weight": Evil()}, dinov2_cache.checkpoints / "dinov2_vitl14_pretrain.pth")
+    assert "cannot load DINOv2" in user_error(load_foundation_model, "dinov2")
+    assert not (tmp_path / "evil").exists()
 
 
 SMALL_VIT = {"depth": 2, "embed_dim": 64, "num_heads": 2}
