@@ -664,7 +664,7 @@ def locked(path):
     """Descriptor of a file, to append to, that this process alone holds until it ends (its loading processes
     do not: lockf, not flock). UserError if another one does."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    file = os.open(path, os.O_CREAT | os.O_RDWR | os.O_APPEND)
+    file = os.open(path, os.O_CREAT | os.O_RDWR | os.O_APPEND, 0o666)  # no program
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):

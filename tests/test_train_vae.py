@@ -910,6 +910,7 @@ def test_metrics_after_the_checkpoint_are_written_again(tmp_path):
     again.write(6, {"rec": 7.0, "kl": 8.0})
     assert again.write(8, {"rec": float("nan"), "kl": 9.0})["kl"] == 9   # not measured: empty
     assert path.read_text().splitlines()[0] == "step,rec,kl,images_per_s,memory_gib"
+    assert not path.stat().st_mode & 0o111
     assert lines() == ["step,rec,kl", "2,0.666667,2e-09", "4,1.33333,4e-09", "6,7,8", "8,,9"]
     second = process(1, 2)
     second.mean = lambda tensor: tensor
