@@ -297,7 +297,8 @@ def everything(flags):
         samples, spec, pictures = sample.Settings(), "f16d32", 64
     else:
         dits = train_dit.Settings(size="mini-XS", patch_size=4, batch_size=2)
-        images = train_vae.Settings(spec="mini-f4d4", image_size=32, batch_size=4, disc_start=0, lpips_weight=0)
+        images = train_vae.Settings(spec="mini-f4d4", image_size=32, batch_size=4, disc_start=0,
+                                    lpips_weight=0.0)
         samples, spec, pictures = sample.Settings(batch_size=2), "mini-f2d32", 1
 
     def train_dit_job(**changes):
