@@ -361,7 +361,8 @@ def torch_load(path, hint=""):
         unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else ()
         with torch.serialization.safe_globals([(Inert, name) for name in unknown]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+    # torch raises an OSError for some files that are cut short, and a LookupError for text
+    except (RuntimeError, OSError, ValueError, EOFError, LookupError, pickle.UnpicklingError) as error:
         raise UserError(f"{path} is no checkpoint, or is damaged ({type(error).__name__}){hint}") from error
 
 def load_checkpoint(path, stage, hint=""):
