@@ -43,7 +43,7 @@ RELEASED = ["VA-VAE f16d32", "LightningDiT-XL/1", "LightningDiT-B/1", "Lightning
 @pytest.mark.parametrize("name", RELEASED)
 def test_names_and_shapes_are_those_of_the_released_checkpoints(name):
     if not LISTS.exists():
-        pytest.skip(f"{LISTS} is missing: the lists of the released checkpoints are not part of the repository")
+        pytest.skip(f"{LISTS} is missing: these lists are not part of the repository")
     from dit import SIZES, LightningDiT
     lists = json.loads(LISTS.read_text())
     kwargs = {"LightningDiT-B/1": SIZES["B"],
@@ -55,7 +55,7 @@ def test_names_and_shapes_are_those_of_the_released_checkpoints(name):
 def test_f16d32_without_the_list():
     """Names and shapes that LDM's checkpoints are known to have, typed by hand."""
     model = on_meta(AutoencoderKL)
-    assert sum(p.numel() for p in model.parameters()) == 69_836_067   # 69.84 M
+    assert sum(p.numel() for p in model.parameters()) == 69_836_067  # 69.84 M
     got = shapes(model)
     for name, shape in {
         "encoder.conv_in.weight": [128, 3, 3, 3], "encoder.down.0.block.0.norm1.weight": [128],
@@ -204,7 +204,7 @@ def test_residual_block(c_out):
 
 def test_downsample_pads_right_and_below():
     down, x = randomise(vae.downsample(2)), torch.randn(1, 2, 6, 8, dtype=torch.float64)
-    padded = torch.zeros(2, 7, 9, dtype=torch.float64)   # zero past the last row and column
+    padded = torch.zeros(2, 7, 9, dtype=torch.float64)  # zero past the last row and column
     padded[:, :6, :8] = x[0]
     want = torch.zeros(1, 2, 3, 4, dtype=torch.float64)
     for o, i, j in torch.cartesian_prod(torch.arange(2), torch.arange(3), torch.arange(4)).tolist():
@@ -265,7 +265,7 @@ def test_lpips_equals_the_package(filled_cache):
     vgg = torch.load(filled_cache.checkpoints / "vgg16-397923af.pth", weights_only=True)
     state = torch.load(filled_cache.checkpoints / "lpips_v0.1_vgg.pth", weights_only=True)
     state |= {f"lins.{i}.model.1.weight": state[f"lin{i}.model.1.weight"] for i in range(5)}
-    for name, value in vgg.items():   # slice s ends before layer 4, 9, 16, 23, 30
+    for name, value in vgg.items():  # slice s ends before layer 4, 9, 16, 23, 30
         if name.startswith("features."):
             layer = int(name.split(".")[1])
             s = 1 + sum(layer >= end for end in (4, 9, 16, 23))
@@ -277,11 +277,11 @@ def test_lpips_equals_the_package(filled_cache):
     ours, x, y = LPIPS(), pictures(3, 3, 40, 56).requires_grad_(), pictures(3, 3, 40, 56).requires_grad_()
     got = ours(x, y)
     want = theirs(x, y)
-    assert got.shape == (3, 1, 1, 1) and want.min() > 0.1   # random weights see a difference
+    assert got.shape == (3, 1, 1, 1) and want.min() > 0.1  # random weights see a difference
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
     got_grad, want_grad = (torch.autograd.grad(d.sum(), y, retain_graph=True)[0] for d in (got, want))
     torch.testing.assert_close(got_grad, want_grad, atol=1e-5 * want_grad.abs().max().item(), rtol=1e-4)
-    assert torch.autograd.grad(got.sum(), x, allow_unused=True) == (None,)   # no gradient reaches the real image
+    assert torch.autograd.grad(got.sum(), x, allow_unused=True) == (None,)  # x gets no gradient
     assert not filled_cache.attempts
     assert not ours.training and not any(p.requires_grad for p in ours.parameters())
 
@@ -290,7 +290,7 @@ def test_lpips_equals_the_package(filled_cache):
 def test_lpips_gradient_is_finite(filled_cache, y):
     torch.manual_seed(0)
     ours, x = LPIPS(), pictures(1, 3, 32, 32)
-    ours.features[2].bias.data.fill_(-1e4)   # relu1_2 is 0 everywhere, and the root has no gradient at 0
+    ours.features[2].bias.data.fill_(-1e4)  # relu1_2 is 0 everywhere, and the root has no gradient at 0
     y = {"identical": x.clone(), "constant": torch.full_like(x, 0.5), "black": torch.full_like(x, -1.0)}[y]
     distance = ours(x, y.requires_grad_())
     grad, = torch.autograd.grad(distance.sum(), y)
@@ -374,7 +374,7 @@ def test_the_patch_discriminator_is_that_of_pix2pix():
     for a, b in zip(ours.buffers(), theirs.buffers(), strict=True):
         torch.testing.assert_close(a, b)
     assert ours(torch.zeros(1, 3, 256, 256)).shape == (1, 1, 30, 30)
-    for module in PatchDiscriminator().modules():   # pix2pix's initialisation
+    for module in PatchDiscriminator().modules():  # pix2pix's initialisation
         if isinstance(module, nn.Conv2d):
             assert module.weight.std().item() == pytest.approx(0.02, rel=0.1)
         if isinstance(module, nn.BatchNorm2d):
@@ -436,7 +436,7 @@ def test_fingerprint_is_of_names_and_values():
     weights = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(2)}
     mark = fingerprint(weights)
     assert mark == fingerprint(dict(reversed(weights.items()))) and len(mark) == 16 and int(mark, 16) >= 0
-    assert mark == fingerprint(weights | {"a": weights["a"].t().contiguous().t()})   # another layout in memory
+    assert mark == fingerprint(weights | {"a": weights["a"].t().contiguous().t()})  # another memory layout
     others = [weights | {"a": weights["a"] + 1e-6 * torch.eye(2, 3)}, {"a": weights["a"], "c": weights["b"]},
               weights | {"b": torch.ones(3)}]
     assert len({mark, *map(fingerprint, others)}) == 4

@@ -47,7 +47,7 @@ def test_eq_2_equals_loops_in_float64(margin):
         pairs = zip(vectors(z, b), vectors(f, b), strict=True)
         terms += [max(0.0, 1 - margin - cosine(u, v)) for u, v in pairs]
     want = sum(terms) / len(terms)
-    assert len(terms) == 2 * 12 and want > 0 and (margin == 0 or 0.0 in terms)   # the margin does something
+    assert len(terms) == 2 * 12 and want > 0 and (margin == 0 or 0.0 in terms)  # the margin does something
     assert vf_loss.marginal_cosine_loss(z, f, margin).item() == pytest.approx(want, abs=1e-6)
 
 
@@ -105,7 +105,7 @@ def test_eq_4_by_hand_on_a_linear_layer():
     w = vf_loss.adaptive_weight(a @ out, b @ out, weight)
     assert w.item() == pytest.approx(math.sqrt(5) * 5 / (2.5 + 1e-4), rel=1e-6) and not w.requires_grad
     assert weight.grad is None
-    (a @ out + w * (b @ out)).backward()   # the graph is still there
+    (a @ out + w * (b @ out)).backward()  # the graph is still there
     torch.testing.assert_close(weight.grad, torch.outer(a + w * b, x))
 
 
@@ -124,7 +124,7 @@ def test_eq_4_makes_the_two_gradients_equally_long(rec, vf):
 def test_eq_4_is_clamped():
     weight = torch.ones(1, requires_grad=True)
     zero = 0 * weight.sum()
-    for rec, other, kwargs, want in ((2.5, zero, {}, 2.5e4),   # 1e-4 in the denominator
+    for rec, other, kwargs, want in ((2.5, zero, {}, 2.5e4),  # 1e-4 in the denominator
                                      (1e9, zero, {}, 1e8), (1e9, zero, {"max_weight": 1e4}, 1e4),
                                      (0, weight.sum(), {}, 0)):
         w = vf_loss.adaptive_weight(rec * weight.sum(), other, weight, **kwargs)
@@ -267,9 +267,9 @@ def test_vf_and_reconstruction_pull_equally_at_the_last_layer_of_the_encoder(mon
 
 
 def test_clamps_of_train_step(monkeypatch):
-    """1e8 for VF loss and 1e4 for the discriminator, whose gradients vanish here while the reconstruction's is
+    """1e8 for VF loss and 1e4 for the discriminator, whose gradients vanish here; the reconstruction's is
     huge."""
-    run, x, noise = make_run(monkeypatch, cos_margin=3.0, mdms_margin=3.0)   # margins that nothing exceeds
+    run, x, noise = make_run(monkeypatch, cos_margin=3.0, mdms_margin=3.0)  # margins that nothing exceeds
     with torch.no_grad():
         run.tokenizer.vae.decoder.conv_out.weight.mul_(1e5)
         run.disc.main[-1].weight.zero_()
@@ -287,7 +287,7 @@ def test_the_step_of_the_discriminator(monkeypatch):
         x_hat = run.tokenizer.vae(x, noise)[0]
         for m in run.disc.modules():
             if isinstance(m, nn.Conv2d):
-                m.weight.mul_(8)   # logits on both sides of the hinge
+                m.weight.mul_(8)  # logits on both sides of the hinge
     real, fake = run.disc(x), run.disc(x_hat)
     want = 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
     assert (real > 1).any() and (real < 1).any() and (fake > -1).any() and (fake < -1).any()
@@ -309,14 +309,14 @@ def test_both_optimizers_are_adam_with_the_rate_of_the_paper_over_the_right_weig
 
 
 def test_bf16_train_step(monkeypatch):
-    """Only the networks are under autocast. Losses and adaptive weights are the fp32 numbers of the bf16 x_hat
-    and z' on every processor, and the losses stay near those of fp32 networks."""
+    """Only the networks are under autocast. Losses and adaptive weights are the fp32 numbers of the bf16
+    x_hat and z' on every processor, and the losses stay near those of fp32 networks."""
     run, x, noise = make_run(monkeypatch, lpips_weight=1.0)
     exact = train_step(run, x, noise, 0)
     run, x, noise = make_run(monkeypatch, lpips_weight=1.0, precision="bf16")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         x_hat, z, posterior, z_proj = run.tokenizer(x, noise)
-    assert x_hat.dtype == z_proj.dtype == torch.bfloat16   # so the networks are
+    assert x_hat.dtype == z_proj.dtype == torch.bfloat16  # so the networks are
     x_hat = x_hat.float()
     rec = ((x - x_hat).abs() + run.lpips(x, x_hat)).sum() / len(x)
     g, f = -run.disc(x_hat).mean(), run.foundation(x, z.shape[-2:])
@@ -374,7 +374,7 @@ def test_the_image_is_resized_so_that_the_grids_agree(size, f, want):
     x, grid = pictures(1, 3, *size), (size[0] // f, size[1] // f)
     assert model(x, grid).shape == (1, 5, *grid)
     torch.testing.assert_close(seen[0][0], shown(x, want, *IMAGENET), atol=1e-5, rtol=1e-4)
-    assert seen[0][1] is False   # no graph
+    assert seen[0][1] is False  # no graph
 
 
 def test_a_foundation_model_is_frozen():
@@ -518,19 +518,19 @@ def vision_transformer(name, weights, image, pos):
     clip, eps = name == "clip", 1e-5 if name == "clip" else 1e-6
     kernel = weights["patch_embed.proj.weight"]
     h = F.conv2d(image, kernel, weights.get("patch_embed.proj.bias"), stride=kernel.shape[-1])
-    h = torch.cat([weights["cls_token"], h.flatten(2).mT], 1) + pos   # (1, 1 + N, C)
+    h = torch.cat([weights["cls_token"], h.flatten(2).mT], 1) + pos  # (1, 1 + N, C)
     h = norm(h, "norm_pre") if clip else h
     for i in range(2):
         block = f"blocks.{i}"
         q, k, v = linear(norm(h, f"{block}.norm1"), f"{block}.attn.qkv").unflatten(2, (3, 2, 32)).unbind(2)
-        attention = (torch.einsum("bihc,bjhc->bhij", q, k) / 32 ** 0.5).softmax(-1)   # 2 heads of 32
+        attention = (torch.einsum("bihc,bjhc->bhij", q, k) / 32 ** 0.5).softmax(-1)  # 2 heads of 32
         out = linear(torch.einsum("bhij,bjhc->bihc", attention, v).flatten(2), f"{block}.attn.proj")
         h = h + out * weights.get(f"{block}.ls1.gamma", 1)
         out = linear(norm(h, f"{block}.norm2"), f"{block}.mlp.fc1")
         out = out * torch.sigmoid(1.702 * out) if clip else 0.5 * out * (1 + torch.erf(out / 2 ** 0.5))
         h = h + linear(out, f"{block}.mlp.fc2") * weights.get(f"{block}.ls2.gamma", 1)
     h = norm(h, "norm")[:, 1:]
-    return linear(h, "head") if clip else h   # CLIP: to the joint space of images and texts
+    return linear(h, "head") if clip else h  # CLIP: to the joint space of images and texts
 
 
 @pytest.mark.parametrize("name, vf_input, mean_std, width, grid", [
@@ -543,7 +543,7 @@ def test_mae_clip_sam_and_dinov2_through_timm(timm_cache, name, vf_input, mean_s
     model, net = load_foundation_model(name, grid, vf_input), timm_cache.reference[name]
     assert not timm_cache.attempts and model.bf16 == (vf_input == "model")
     loaded, saved = model.net.state_dict(), net.state_dict()
-    if name != "dinov2":   # whose position table may be resized from 518 already when the file is loaded
+    if name != "dinov2":  # whose position table may be resized from 518 already when the file is loaded
         assert loaded.keys() == saved.keys() and all(torch.equal(loaded[k], saved[k]) for k in saved)
     patch = net.patch_embed.patch_size[0]
     x = pictures(1, 3, grid[0] * 16, grid[1] * 16)
@@ -583,7 +583,7 @@ def test_the_map_of_the_classifier_is_the_grid_of_the_latent(stride):
     model = load_foundation_model("mini", teacher=net)
     x = pictures(2, 3, 16, 24)
     f = model(x, (16 // stride, 24 // stride))
-    torch.testing.assert_close(f, net.features(x))   # the image goes in as it is
+    torch.testing.assert_close(f, net.features(x))  # the image goes in as it is
     assert model.width == f.shape[1] and net(x).shape == (2, 7)
 
 
@@ -604,7 +604,7 @@ def test_the_classifier_learns_and_is_a_function_of_its_seed():
     def trained(seed, elsewhere):
         torch.manual_seed(4)
         net = Classifier(3, 2, width=16)
-        torch.manual_seed(elsewhere)   # the global generator must not matter
+        torch.manual_seed(elsewhere)  # the global generator must not matter
         return vf_loss.train_classifier(net, images, labels, 80, seed, "cpu", "test", batch_size=48)
     one, two, other = trained(0, 1), trained(0, 2), trained(1, 1)
     for name, value in one.state_dict().items():
