@@ -360,8 +360,8 @@ def train(s, world):
     for name, part in run.parts().items() if state else ():
         part.load_state_dict(state[name])
     state = None  # its tensors are memory-mapped: let go of the file
-    advice = (f"start over in another --out with --grad-clip 1, --qknorm or a smaller --lr; what is in {path} "
-              "is still good")
+    advice = ("start over in another --out with --grad-clip 1, --qknorm or a smaller --lr; what is in "
+              f"{path} is still good")
     log = Log(Path(s.out) / "metrics_dit.csv", world, step, s.batch_size, advice)
 
     def save(to):

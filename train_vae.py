@@ -325,8 +325,8 @@ def train(s, world):
     run = make_run(s, images, world, state)
     state = None  # its tensors are memory-mapped: let go of the file
     vae, share = run.tokenizer.vae, world.share(s.batch_size, s.chunks)
-    log = Log(Path(s.out) / "metrics_vae.csv", world, step, s.batch_size, "start over in another --out with a "
-              f"smaller --lr or --precision fp32; --init {path} keeps what was learnt")
+    log = Log(Path(s.out) / "metrics_vae.csv", world, step, s.batch_size, "start over in another --out with "
+              f"a smaller --lr or --precision fp32; --init {path} keeps what was learnt")
 
     def save():
         log.check_weights(run.tokenizer.parameters())
