@@ -39,7 +39,7 @@ class Settings:
     # text in --help.
     preset: str = opt("imagenet256", same=False)  # named settings; every other flag overrides one of them
     # --- images
-    data: str = "imagenet"
+    data: str = opt("imagenet", same=False)
         # shapes (drawn by the code), cifar10, fashion-mnist or imagenette (torchvision, in ./data), or a
         # folder DIR/<class>/*.jpg; DIR/train and DIR/val split it, else every tenth image is a test image
     image_size: int = 256  # side of the square images in pixels
