@@ -1002,7 +1002,7 @@ def picture_files(folder):
     """All picture files below a folder, by path; not hidden ones."""
     found, places = [], [folder]
     for place in places:
-        places += subfolders(place)
+        places += [path for path in subfolders(place) if not path.is_symlink()]  # it may lead back here
         found += [path for path in place.iterdir() if path.suffix.lower() in IMG_EXTENSIONS
                   and not path.name.startswith(".") and path.is_file()]
     return sorted(found)
