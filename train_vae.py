@@ -1030,10 +1030,11 @@ def list_folder(folder, split):
     require(not unknown, f"{root} has classes that {train} lacks: {', '.join(unknown[:3])}")
     files = {name: picture_files(root / name) if (root / name).is_dir() else [] for name in classes}
     filled = [name for name in classes if files[name]]
-    if len(filled) == 1 and root == train:  # one class, or a folder around the classes?
-        inner = {path.relative_to(train / filled[0]).parts[0] for path in files[filled[0]]}
-        require(len(inner) < 2 or not all((train / filled[0] / name).is_dir() for name in inner),
-                f"all pictures of {train} are in folders inside {train / filled[0]}: name that with --data")
+    if len(filled) == 1 and root == train:  # one class, or folders around the classes?
+        places = {path.parent for path in files[filled[0]]}
+        around = Path(os.path.commonpath(places))
+        require(around in places, f"all pictures of {train} are in folders inside {around}: name that with "
+                "--data")
     empty = sorted(set(classes) - set(filled)) if root == train else []
     require(not empty, f"the class folder {train / (empty or [''])[0]} has no images: {LAYOUT}")
     pairs = [(path, label) for label, name in enumerate(classes) for path in files[name]]
