@@ -1040,7 +1040,8 @@ def list_folder(folder, split):
     pairs = [(path, label) for label, name in enumerate(classes) for path in files[name]]
     if not test:
         pairs = [pair for i, pair in enumerate(pairs) if (i % 10 == 9) == (split == "test")]
-    require(pairs, f"--data {folder} has too few images to split (10 or more): {LAYOUT}")
+    lack = "no images in class folders" if test else "too few images to split (10 or more)"
+    require(pairs, f"{root} has {lack}: {LAYOUT}")
     return pairs, classes
 
 @lru_cache(maxsize=2)
