@@ -202,7 +202,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from dit import SIZES, LightningDiT, read_released_dit
-from train_dit import ddpm_velocity, warn_of_ema
+from train_dit import ddpm_velocity, flags_of_run, warn_of_ema
 from train_vae import Chunks, Stop, atomic_write, open_npz, run_script, save_grid, to_float, to_uint8
 from vae import file_hash, fingerprint, hub_file, load_checkpoint, load_tokenizer, load_weights
 from vae import require_finished, torch_load
@@ -368,8 +368,8 @@ def main(s, world):
         sample_all(system, s, world, identity, path)
     if world.rank == 0:
         pictures(system, s, path)
-        print(f"Next: python fid.py --out {s.out}" + ("" if s.preset == "mini" else " --preset imagenet256 "
-              f"--vae {system.vae} --reference VIRTUAL_imagenet256_labeled.npz"))
+        reference = "" if s.preset == "mini" else " --reference VIRTUAL_imagenet256_labeled.npz"
+        print(f"Next: python fid.py {flags_of_run(s, system.vae)}{reference}")
 
 if __name__ == "__main__":
     run_script(Settings, PRESETS, __doc__, main)

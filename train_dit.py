@@ -405,8 +405,7 @@ def train(s, world):
         if stopping:
             stop.leave(f"stopped after step {step} and saved {path}; the same command resumes")
     world.print(f"saved {path} and {s.out}/progress.png; peak memory {peak_memory(device):.2f} GiB."
-                f"{warn_of_ema(s.ema, total)} Next: python sample.py --out {s.out}"
-                + ("" if s.preset == "mini" else f" --preset imagenet256 --vae {s.vae}"))
+                f"{warn_of_ema(s.ema, total)} Next: python sample.py {flags_of_run(s, s.vae)}")
 
 # === Plumbing: files, flags, processes ===
 import json
@@ -426,6 +425,11 @@ def warn_of_ema(decay, steps):
         return ""
     return (f" The EMA still holds {decay ** steps:.0%} of the untrained weights: train longer, use a "
             f"smaller --ema (such as {1 - 5 / max(steps, 10):.3g}), or sample with --weights model.")
+
+def flags_of_run(s, vae):
+    """The flags with which the next script finds this run and its tokenizer."""
+    flags = f"--out {s.out}" + ("" if s.preset.startswith("mini") else " --preset imagenet256")
+    return flags if vae == f"{s.out}/vae.pt" else f"{flags} --vae {vae}"
 
 def architecture(s, shape, num_classes):
     """Settings, (d, h, w) of a latent, number of classes -> keyword arguments of LightningDiT."""
