@@ -312,6 +312,7 @@ def sample_all(system, s, world, identity, path):
         list(tqdm(pool.map(work, mine), "sampling", len(mine), unit="batch", disable=world.rank > 0))
     if stop.agreed():  # it also waits for the other processes
         stop.leave("stopped and kept what is done; the same command resumes")
+    stop.end()
     if world.rank == 0:
         # An ADM batch: arr_0 uint8 (N, H, W, 3), arr_1 int64 (N,) classes; and meta, a JSON string. Nothing
         # in it depends on when, where or by how many processes it was made.

@@ -316,9 +316,9 @@ def train(s, world):
     step = state["step"] if state else 0
     if step >= total:
         return world.print(f"{path} is finished ({step} steps). More --steps continue it; --fresh restarts")
-    stop = Stop(world)
     run = make_run(s, images, world, state)
     state = None  # its tensors are memory-mapped: let go of the file
+    stop = Stop(world)  # until here, where nothing is to be saved yet, a signal ends the process at once
     vae, share = run.tokenizer.vae, world.share(s.batch_size, s.chunks)
     log = Log(Path(s.out) / "metrics_vae.csv", world, step, s.batch_size,
               f"try a smaller --lr or --precision fp32; the last good checkpoint, if any, is {path}")
@@ -624,6 +624,11 @@ class Stop:
 
     def ask(self, number, frame):
         self.asked = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def end(self):
+        """From here on, a signal ends the process at once."""
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def agreed(self):
