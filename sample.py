@@ -290,7 +290,7 @@ def sample_all(system, s, world, identity, path):
         for old in [path, *path.parent.glob("samples/*.png")]:
             old.unlink(missing_ok=True)
     chunks = Chunks(parts, "images", s.num, s.batch_size, identity, world)
-    stop, ts, mine, on_gpu = Stop(world), time_grid(s), chunks.missing(), world.device.type == "cuda"
+    stop, ts, mine, on_gpu = Stop(world, s.fresh), time_grid(s), chunks.missing(), world.device.type == "cuda"
 
     def work(chunk):
         k, rows = chunk
@@ -311,7 +311,7 @@ def sample_all(system, s, world, identity, path):
     with ThreadPoolExecutor(cores) as pool:
         list(tqdm(pool.map(work, mine), "sampling", len(mine), unit="batch", disable=world.rank > 0))
     if stop.agreed():  # it also waits for the other processes
-        stop.leave("stopped and kept what is done; the same command resumes")
+        stop.leave("stopped and kept what is done")
     stop.end()
     if world.rank == 0:
         # An ADM batch: arr_0 uint8 (N, H, W, 3), arr_1 int64 (N,) classes; and meta, a JSON string. Nothing

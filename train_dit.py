@@ -355,7 +355,7 @@ def train(s, world):
         step, bins = state["step"], bins + state["bins"].to(device)
     if step >= total:
         return world.print(f"{path} is finished ({step} steps). More --steps continue it; --fresh restarts")
-    stop, share = Stop(world), world.share(s.batch_size, s.accumulate)
+    stop, share = Stop(world, s.fresh), world.share(s.batch_size, s.accumulate)
     run = Run(s, architecture(s, shape, len(latents.classes)), world)
     for name, part in run.parts().items() if state else ():
         part.load_state_dict(state[name])
@@ -405,7 +405,7 @@ def train(s, world):
         if stopping or step % s.save_every == 0 or step == total:
             save(path)
         if stopping:
-            stop.leave(f"stopped after step {step} and saved {path}; the same command resumes")
+            stop.leave(f"stopped after step {step} and saved {path}")
     world.print(f"saved {path} and {s.out}/progress.png; peak memory {peak_memory(device):.2f} GiB."
                 f"{warn_of_ema(s.ema, total)} Next: python sample.py {flags_of_run(s, s.vae)}")
 

@@ -323,7 +323,7 @@ def train(s, world):
         return world.print(f"{path} is finished ({step} steps). More --steps continue it; --fresh restarts")
     run = make_run(s, images, world, state)
     state = None  # its tensors are memory-mapped: let go of the file
-    stop = Stop(world)  # until here, where nothing is to be saved yet, a signal ends the process at once
+    stop = Stop(world, s.fresh)  # until here there is nothing to save, and a signal ends the process at once
     vae, share = run.tokenizer.vae, world.share(s.batch_size, s.chunks)
     log = Log(Path(s.out) / "metrics_vae.csv", world, step, s.batch_size, "start over in another --out with "
               f"a smaller --lr or --precision fp32; --init {path} keeps what was learnt")
@@ -364,7 +364,7 @@ def train(s, world):
         if stopping or step % s.save_every == 0 or step == total:
             save()
         if stopping:
-            stop.leave(f"stopped after step {step} and saved {path}; the same command resumes")
+            stop.leave(f"stopped after step {step} and saved {path}")
     if world.rank == 0:
         where = f"--out {s.out}" if s.preset == "mini" else f"--preset imagenet256 --vae {path}"
         print(f"saved {path} and {s.out}/reconstructions.png (test images and, below them, their "
@@ -625,8 +625,8 @@ class World:
 class Stop:
     """SIGTERM and Ctrl-C ask a run to save and stop after the current step. A second Ctrl-C ends it at
     once."""
-    def __init__(self, world):
-        self.world, self.asked = world, 0  # the number of the signal
+    def __init__(self, world, fresh=False):
+        self.world, self.fresh, self.asked = world, fresh, 0  # the number of the signal
         signal.signal(signal.SIGTERM, self.ask)
         signal.signal(signal.SIGINT, self.ask)
 
@@ -649,7 +649,7 @@ class Stop:
         return self.asked > 0
 
     def leave(self, message):
-        stopped = UserError(message)
+        stopped = UserError(f"{message}; the same command {'without --fresh ' if self.fresh else ''}resumes")
         stopped.status = 128 + self.asked  # as shells expect
         raise stopped
 
