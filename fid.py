@@ -528,8 +528,8 @@ def latent_vectors(path, seed, num=10_000):
     normalised; if d = 2, no measure of uniformity depends on that."""
     path, rng = Path(path), np.random.default_rng(seed)
     if path.is_dir():
-        require((path / "latents.json").exists() or any(path.glob("*.safetensors")), f"{path} is no folder of "
-                f"latents: name one that train_dit.py made, such as {path / 'latents'}")
+        require((path / "latents.json").exists() or any(path.glob("*.safetensors")), f"{path} is no folder "
+                f"of latents: name one that train_dit.py made, such as {path / 'latents'}")
         latents = Latents(path)
         index = torch.from_numpy(np.sort(rng.permutation(len(latents.labels))[:num]))
         z = latents.read(index, torch.zeros_like(index)).numpy()  # the plain ones, not the flipped

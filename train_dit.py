@@ -411,6 +411,7 @@ def train(s, world):
 
 # === Plumbing: files, flags, processes ===
 import json
+from shlex import quote
 
 from train_vae import Images, atomic_write, peak_memory, run_script, save_grid, write_checkpoint, write_json
 from vae import UserError, fingerprint, load_tokenizer, torch_load
@@ -430,8 +431,8 @@ def warn_of_ema(decay, steps):
 
 def flags_of_run(s, vae):
     """The flags with which the next script finds this run and its tokenizer."""
-    flags = f"--out {s.out}" + ("" if s.preset.startswith("mini") else " --preset imagenet256")
-    return flags if vae == f"{s.out}/vae.pt" else f"{flags} --vae {vae}"
+    flags = f"--out {quote(s.out)}" + ("" if s.preset.startswith("mini") else " --preset imagenet256")
+    return flags if vae == f"{s.out}/vae.pt" else f"{flags} --vae {quote(str(vae))}"
 
 def architecture(s, shape, num_classes):
     """Settings, (d, h, w) of a latent, number of classes -> keyword arguments of LightningDiT."""

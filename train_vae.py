@@ -366,7 +366,8 @@ def train(s, world):
         if stopping:
             stop.leave(f"stopped after step {step} and saved {path}")
     if world.rank == 0:
-        where = f"--out {s.out}" if s.preset == "mini" else f"--preset imagenet256 --vae {path}"
+        mini = s.preset == "mini"
+        where = f"--out {quote(s.out)}" if mini else f"--preset imagenet256 --vae {quote(str(path))}"
         print(f"saved {path} and {s.out}/reconstructions.png (test images and, below them, their "
               f"reconstructions, {psnr:.2f} dB); peak memory {peak_memory(world.device):.2f} GiB. "
               f"Next: python train_dit.py {where}")
@@ -392,6 +393,7 @@ from datetime import timedelta
 from functools import lru_cache
 from itertools import islice
 from multiprocessing import active_children, get_context, parent_process
+from shlex import quote
 
 import numpy as np
 import torch.distributed as dist
