@@ -644,11 +644,11 @@ class Stop:
     def agreed(self):
         """Whether to stop after this step. All processes must stop at the same one, so they ask each other,
         in the CPU's group, on which no GPU waits."""
+        number = torch.tensor(self.asked)
         if self.world.size > 1:
-            number = torch.tensor(self.asked)
             dist.all_reduce(number, dist.ReduceOp.MAX, group=self.world.patient)
-            self.asked = int(number)
-        return self.asked > 0
+        self.asked = self.asked or int(number)  # a signal that came meanwhile counts after the next step
+        return int(number) > 0
 
     def leave(self, message):
         stopped = UserError(f"{message}; the same command {'without --fresh ' if self.fresh else ''}resumes")
