@@ -120,7 +120,7 @@ def main():
             good = not wrong and again == 1 and status in (0, 128 + number)
             failed += not good
             print(f"{i + 1:3} {script:9} {phase:24} {number.name} after {delay:5.3f} s: status {status:4}, "
-                  f"then {end.status}: {'the same bytes' if good else f'DIFFERENT: {wrong}'}", flush=True)
+                  f"then {end.status}: {'the same bytes' if good else f'DIFFERENT: {wrong[:5]}'}", flush=True)
             if not good:
                 print(end.err[-2000:])
                 shutil.copytree(folder, f"/tmp/killed-{i}", dirs_exist_ok=True)
