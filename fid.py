@@ -460,6 +460,8 @@ def main(s, world):
         scores["tokenizer"] = {"values": {prefix + "rFID": values.pop("rFID"), **values}, "settings": run,
                                "images": min(s.num, len(test)), "source": s.vae, "against": test.name,
                                "crop": s.crop, "posterior": s.posterior, "rfid_input": s.rfid_input}
+    require(prefix == "" or not kinds or not reference.statistics, f"{reference.name} holds statistics of "
+            "Inception's features: use --features inception")
     target = features_of(reference, net, s, world) | reference.statistics if kinds else {}
     for kind, images in kinds.items():
         ours = features_of(images, net, s, world)
@@ -526,11 +528,14 @@ def latent_vectors(path, seed, num=10_000):
     normalised; if d = 2, no measure of uniformity depends on that."""
     path, rng = Path(path), np.random.default_rng(seed)
     if path.is_dir():
+        require((path / "latents.json").exists() or any(path.glob("*.safetensors")), f"{path} is no folder "
+                f"of latents: name one that train_dit.py made, such as {path / 'latents'}")
         latents = Latents(path)
         index = torch.from_numpy(np.sort(rng.permutation(len(latents.labels))[:num]))
         z = latents.read(index, torch.zeros_like(index)).numpy()  # the plain ones, not the flipped
     else:
-        require(path.exists(), f"there is no file or folder {path}")
+        require(path.exists() and path.suffix in (".npy", ".pt"), f"{path} is no .npy or .pt file of vectors "
+                "and no folder of latents")
         z = torch_load(path).numpy() if path.suffix == ".pt" else np.load(path, mmap_mode="r")
         z = z[np.sort(rng.permutation(len(z))[:num])]
     require(z.ndim in (2, 4), f"{path} holds {z.shape}, not vectors (N, d) or latents (N, d, h, w)")

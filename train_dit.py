@@ -355,7 +355,7 @@ def train(s, world):
         step, bins = state["step"], bins + state["bins"].to(device)
     if step >= total:
         return world.print(f"{path} is finished ({step} steps). More --steps continue it; --fresh restarts")
-    stop, share = Stop(world), world.share(s.batch_size, s.accumulate)
+    stop, share = Stop(world, s.fresh), world.share(s.batch_size, s.accumulate)
     run = Run(s, architecture(s, shape, len(latents.classes)), world)
     for name, part in run.parts().items() if state else ():
         part.load_state_dict(state[name])
@@ -405,13 +405,13 @@ def train(s, world):
         if stopping or step % s.save_every == 0 or step == total:
             save(path)
         if stopping:
-            stop.leave(f"stopped after step {step} and saved {path}; the same command resumes")
+            stop.leave(f"stopped after step {step} and saved {path}")
     world.print(f"saved {path} and {s.out}/progress.png; peak memory {peak_memory(device):.2f} GiB."
-                f"{warn_of_ema(s.ema, total)} Next: python sample.py --out {s.out}"
-                + ("" if s.preset == "mini" else f" --preset imagenet256 --vae {s.vae}"))
+                f"{warn_of_ema(s.ema, total)} Next: python sample.py {flags_of_run(s, s.vae)}")
 
 # === Plumbing: files, flags, processes ===
 import json
+from shlex import quote
 
 from train_vae import Images, atomic_write, peak_memory, run_script, save_grid, write_checkpoint, write_json
 from vae import UserError, fingerprint, load_tokenizer, torch_load
@@ -428,6 +428,11 @@ def warn_of_ema(decay, steps):
         return ""
     return (f" The EMA still holds {decay ** steps:.0%} of the untrained weights: train longer, use a "
             f"smaller --ema (such as {1 - 5 / max(steps, 10):.3g}), or sample with --weights model.")
+
+def flags_of_run(s, vae):
+    """The flags with which the next script finds this run and its tokenizer."""
+    flags = f"--out {quote(s.out)}" + ("" if s.preset.startswith("mini") else " --preset imagenet256")
+    return flags if vae == f"{s.out}/vae.pt" else f"{flags} --vae {quote(str(vae))}"
 
 def architecture(s, shape, num_classes):
     """Settings, (d, h, w) of a latent, number of classes -> keyword arguments of LightningDiT."""
