@@ -425,7 +425,7 @@ def warn_of_ema(decay, steps):
     if decay ** steps < 0.01:
         return ""
     return (f" The EMA still holds {decay ** steps:.0%} of the untrained weights: train longer, use a "
-            f"smaller --ema (such as {1 - 5 / max(steps, 10):.3g}), or sample with --weights model.")
+            f"smaller --ema (such as {1 - 5 / max(steps, 10):.5g}), or sample with --weights model.")
 
 def architecture(s, shape, num_classes):
     """Settings, (d, h, w) of a latent, number of classes -> keyword arguments of LightningDiT."""
