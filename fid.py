@@ -459,7 +459,9 @@ def main(s, world):
         scores["tokenizer"] = {"values": {prefix + "rFID": values.pop("rFID"), **values}, "settings": run,
                                "images": min(s.num, len(test)), "source": s.vae, "against": test.name,
                                "crop": s.crop, "posterior": s.posterior, "rfid_input": s.rfid_input}
-    target = features_of(reference, net, s, world) | reference.statistics if kinds else {}
+    target = features_of(reference, net, s, world) if kinds else {}
+    if kinds and s.features == "inception":  # the statistics in a file are of Inception's features
+        target |= reference.statistics
     for kind, images in kinds.items():
         ours = features_of(images, net, s, world)
         values = compare(ours, target, prefix)
@@ -502,6 +504,8 @@ def open_images(s, run, pair):
     if s.features == "mini" and not pair:  # what the samples' scores can be held against
         kinds["real"] = data_set(s, run, "test")
     reference = ImageBatch(s.reference, s.image_size) if s.reference else data_set(s, run, "train")
+    require(len(reference) or s.features == "inception", f"{reference.name} holds no images, only statistics "
+            "of Inception's features: use --features inception")
     sizes = {x.name: tuple(x[0].shape[1:]) for x in [*kinds.values(), reference] if len(x)}
     require(len(set(sizes.values())) == 1, f"these images are of several sizes: {sizes}. --image-size crops "
             "files to one")
