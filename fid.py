@@ -363,8 +363,8 @@ def map_npz(path, archive, name):
         file.seek(entry.header_offset + 26)  # the lengths of the entry's name and of its extra field
         file.seek(sum(struct.unpack("<HH", file.read(4))), os.SEEK_CUR)
         np.lib.format.read_magic(file)
-        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-        return np.memmap(path, dtype, "r", file.tell(), shape)
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+        return np.memmap(path, dtype, "r", file.tell(), shape, "F" if fortran else "C")
 
 # --- Features of many images -----------------------------------------------------------------------
 def batches(images, s, world, title):
