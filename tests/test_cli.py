@@ -484,7 +484,10 @@ def test_sigterm_ends_a_run_whose_loading_processes_are_stuck(here):
     job = Job(f"{command} --workers 2", here).until(lambda: rows(here / begun))
     for pid in processes(job.pid):
         os.kill(pid, signal.SIGSTOP)
-    time.sleep(1)
+    done = -1
+    while len(rows(here / begun)) > done:  # until what they had read ahead is used up
+        done = len(rows(here / begun))
+        time.sleep(2 * patience())
     end = ends_clean(job.send(signal.SIGTERM), 128 + signal.SIGTERM, seconds=20)
     assert len(end.lines) == 1 and "waiting for a loading process" in end.lines[0], end.lines
 
@@ -557,7 +560,8 @@ def test_two_processes_make_the_latents_the_lightningdit_the_samples_and_the_sco
     one, two = (json.loads((here / name / "scores.json").read_text()) for name in ("run", "2"))
     for part in ("tokenizer", "samples", "real"):
         for name, value in one[part]["values"].items():
-            assert value == pytest.approx(two[part]["values"][name], rel=1e-4, abs=1e-7), (part, name)
+            other = two[part]["values"][name]
+            assert value == other or value == pytest.approx(other, rel=1e-4, abs=1e-7), (part, name)
 
 
 def test_a_signal_to_one_of_two_processes_stops_and_saves_both(here):
