@@ -39,7 +39,7 @@ class Settings:
     # text in --help.
     preset: str = opt("imagenet256", same=False)  # named settings; every other flag overrides one of them
     # --- images
-    data: str = "imagenet"
+    data: str = opt("imagenet", same=False)
         # shapes (drawn by the code), cifar10, fashion-mnist or imagenette (torchvision, in ./data), or a
         # folder DIR/<class>/*.jpg; DIR/train and DIR/val split it, else every tenth image is a test image
     image_size: int = 256  # side of the square images in pixels
@@ -261,7 +261,8 @@ class Run:
         self.save_memory(vae, nets[1:])
         # Only the norms and activations are compiled: a compiled convolution would always compute the
         # gradient of its weight, which doubles the work of Eq. 4's backward pass (tests/test_bench.py counts
-        # it).
+        # it). That pass needs the graph's buffers again, which torch.compile would give away.
+        torch._functorch.config.donated_buffer = False
         for module in vae.modules():
             if s.compile and isinstance(module, NormSiLU):
                 module.compile()
@@ -1011,7 +1012,7 @@ def picture_files(folder):
     """All picture files below a folder, by path; not hidden ones."""
     found, places = [], [folder]
     for place in places:
-        places += subfolders(place)
+        places += [path for path in subfolders(place) if not path.is_symlink()]  # it may lead back here
         found += [path for path in place.iterdir() if path.suffix.lower() in IMG_EXTENSIONS
                   and not path.name.startswith(".") and path.is_file()]
     return sorted(found)
@@ -1039,16 +1040,18 @@ def list_folder(folder, split):
     require(not unknown, f"{root} has classes that {train} lacks: {', '.join(unknown[:3])}")
     files = {name: picture_files(root / name) if (root / name).is_dir() else [] for name in classes}
     filled = [name for name in classes if files[name]]
-    if len(filled) == 1 and root == train:  # one class, or a folder around the classes?
-        inner = {path.relative_to(train / filled[0]).parts[0] for path in files[filled[0]]}
-        require(len(inner) < 2 or not all((train / filled[0] / name).is_dir() for name in inner),
-                f"all pictures of {train} are in folders inside {train / filled[0]}: name that with --data")
+    if len(filled) == 1 and root == train:  # one class, or folders around the classes?
+        places = {path.parent for path in files[filled[0]]}
+        around = Path(os.path.commonpath(places))
+        require(around in places, f"all pictures of {train} are in folders inside {around}: name that with "
+                "--data")
     empty = sorted(set(classes) - set(filled)) if root == train else []
     require(not empty, f"the class folder {train / (empty or [''])[0]} has no images: {LAYOUT}")
     pairs = [(path, label) for label, name in enumerate(classes) for path in files[name]]
     if not test:
         pairs = [pair for i, pair in enumerate(pairs) if (i % 10 == 9) == (split == "test")]
-    require(pairs, f"--data {folder} has too few images to split (10 or more): {LAYOUT}")
+    lack = "no images in class folders" if test else "too few images to split (10 or more)"
+    require(pairs, f"{root} has {lack}: {LAYOUT}")
     return pairs, classes
 
 @lru_cache(maxsize=2)

@@ -347,16 +347,21 @@ def torch_load(path, hint=""):
     require(Path(path).is_file(), f"there is no file {path}{hint}")
     if str(path).endswith(".safetensors"):
         try:
+            from safetensors import SafetensorError
             from safetensors.torch import load_file
         except ImportError:
             raise UserError(f"{path} needs a package: pip install safetensors")
-        return load_file(path)
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise UserError(f"{path} is no checkpoint, or is damaged ({error}){hint}") from error
     zipped = zipfile.is_zipfile(path)  # torch's format since 2020, which can be memory-mapped
     try:
         unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else ()
         with torch.serialization.safe_globals([(Inert, name) for name in unknown]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+    # torch raises an OSError for some files that are cut short, and a LookupError for text
+    except (RuntimeError, OSError, ValueError, EOFError, LookupError, pickle.UnpicklingError) as error:
         raise UserError(f"{path} is no checkpoint, or is damaged ({type(error).__name__}){hint}") from error
 
 def load_checkpoint(path, stage, hint=""):
