@@ -364,6 +364,8 @@ def main(s, world):
     identity = settings | system.origin
     if path.exists() and not s.fresh:
         require_same(path, identity)
+        if world.rank == 0:  # left by a kill just before the end of sample_all
+            shutil.rmtree(path.with_name("samples_parts"), ignore_errors=True)
         world.print(f"{path} is finished: {s.num} images with these settings; --fresh makes them again")
     else:
         sample_all(system, s, world, identity, path)

@@ -592,7 +592,10 @@ class World:
 
     def barrier(self):
         if self.size > 1:  # in the patient group, since one process may be downloading
-            dist.barrier(group=self.patient)
+            try:
+                dist.barrier(group=self.patient)
+            except RuntimeError as error:  # gloo's: connection closed by peer
+                raise UserError("another process has ended, whose message says why") from error
 
     def mean(self, tensor):
         """The mean of a tensor over all processes, in place."""
