@@ -364,8 +364,8 @@ def map_npz(path, archive, name):
         file.seek(entry.header_offset + 26)  # the lengths of the entry's name and of its extra field
         file.seek(sum(struct.unpack("<HH", file.read(4))), os.SEEK_CUR)
         np.lib.format.read_magic(file)
-        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-        return np.memmap(path, dtype, "r", file.tell(), shape)
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+        return np.memmap(path, dtype, "r", file.tell(), shape, "F" if fortran else "C")
 
 # --- Features of many images -----------------------------------------------------------------------
 def batches(images, s, world, title):
@@ -460,7 +460,9 @@ def main(s, world):
         scores["tokenizer"] = {"values": {prefix + "rFID": values.pop("rFID"), **values}, "settings": run,
                                "images": min(s.num, len(test)), "source": s.vae, "against": test.name,
                                "crop": s.crop, "posterior": s.posterior, "rfid_input": s.rfid_input}
-    target = features_of(reference, net, s, world) | reference.statistics if kinds else {}
+    target = features_of(reference, net, s, world) if kinds else {}
+    if kinds and s.features == "inception":  # the statistics in a file are of Inception's features
+        target |= reference.statistics
     for kind, images in kinds.items():
         ours = features_of(images, net, s, world)
         values = compare(ours, target, prefix)
@@ -503,6 +505,8 @@ def open_images(s, run, pair):
     if s.features == "mini" and not pair:  # what the samples' scores can be held against
         kinds["real"] = data_set(s, run, "test")
     reference = ImageBatch(s.reference, s.image_size) if s.reference else data_set(s, run, "train")
+    require(len(reference) or s.features == "inception", f"{reference.name} holds no images, only statistics "
+            "of Inception's features: use --features inception")
     sizes = {x.name: tuple(x[0].shape[1:]) for x in [*kinds.values(), reference] if len(x)}
     require(len(set(sizes.values())) == 1, f"these images are of several sizes: {sizes}. --image-size crops "
             "files to one")
@@ -526,11 +530,14 @@ def latent_vectors(path, seed, num=10_000):
     normalised; if d = 2, no measure of uniformity depends on that."""
     path, rng = Path(path), np.random.default_rng(seed)
     if path.is_dir():
+        require((path / "latents.json").exists() or any(path.glob("*.safetensors")), f"{path} is no folder "
+                f"of latents: name one that train_dit.py made, such as {path / 'latents'}")
         latents = Latents(path)
         index = torch.from_numpy(np.sort(rng.permutation(len(latents.labels))[:num]))
         z = latents.read(index, torch.zeros_like(index)).numpy()  # the plain ones, not the flipped
     else:
-        require(path.exists(), f"there is no file or folder {path}")
+        require(path.exists() and path.suffix in (".npy", ".pt"), f"{path} is no .npy or .pt file of vectors "
+                "and no folder of latents")
         z = torch_load(path).numpy() if path.suffix == ".pt" else np.load(path, mmap_mode="r")
         z = z[np.sort(rng.permutation(len(z))[:num])]
     require(z.ndim in (2, 4), f"{path} holds {z.shape}, not vectors (N, d) or latents (N, d, h, w)")

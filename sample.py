@@ -202,7 +202,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from dit import SIZES, LightningDiT, read_released_dit
-from train_dit import ddpm_velocity, warn_of_ema
+from train_dit import ddpm_velocity, flags_of_run, warn_of_ema
 from train_vae import Chunks, Stop, atomic_write, open_npz, run_script, save_grid, to_float, to_uint8
 from vae import file_hash, fingerprint, hub_file, load_checkpoint, load_tokenizer, load_weights
 from vae import require_finished, torch_load
@@ -290,7 +290,7 @@ def sample_all(system, s, world, identity, path):
         for old in [path, *path.parent.glob("samples/*.png")]:
             old.unlink(missing_ok=True)
     chunks = Chunks(parts, "images", s.num, s.batch_size, identity, world)
-    stop, ts, mine, on_gpu = Stop(world), time_grid(s), chunks.missing(), world.device.type == "cuda"
+    stop, ts, mine, on_gpu = Stop(world, s.fresh), time_grid(s), chunks.missing(), world.device.type == "cuda"
 
     def work(chunk):
         k, rows = chunk
@@ -311,7 +311,8 @@ def sample_all(system, s, world, identity, path):
     with ThreadPoolExecutor(cores) as pool:
         list(tqdm(pool.map(work, mine), "sampling", len(mine), unit="batch", disable=world.rank > 0))
     if stop.agreed():  # it also waits for the other processes
-        stop.leave("stopped and kept what is done; the same command resumes")
+        stop.leave("stopped and kept what is done")
+    stop.end()
     if world.rank == 0:
         # An ADM batch: arr_0 uint8 (N, H, W, 3), arr_1 int64 (N,) classes; and meta, a JSON string. Nothing
         # in it depends on when, where or by how many processes it was made.
@@ -368,8 +369,8 @@ def main(s, world):
         sample_all(system, s, world, identity, path)
     if world.rank == 0:
         pictures(system, s, path)
-        print(f"Next: python fid.py --out {s.out}" + ("" if s.preset == "mini" else " --preset imagenet256 "
-              f"--vae {system.vae} --reference VIRTUAL_imagenet256_labeled.npz"))
+        reference = "" if s.preset == "mini" else " --reference VIRTUAL_imagenet256_labeled.npz"
+        print(f"Next: python fid.py {flags_of_run(s, system.vae)}{reference}")
 
 if __name__ == "__main__":
     run_script(Settings, PRESETS, __doc__, main)

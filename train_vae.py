@@ -322,9 +322,9 @@ def train(s, world):
     step = state["step"] if state else 0
     if step >= total:
         return world.print(f"{path} is finished ({step} steps). More --steps continue it; --fresh restarts")
-    stop = Stop(world)
     run = make_run(s, images, world, state)
     state = None  # its tensors are memory-mapped: let go of the file
+    stop = Stop(world, s.fresh)  # until here there is nothing to save, and a signal ends the process at once
     vae, share = run.tokenizer.vae, world.share(s.batch_size, s.chunks)
     log = Log(Path(s.out) / "metrics_vae.csv", world, step, s.batch_size, "start over in another --out with "
               f"a smaller --lr or --precision fp32; --init {path} keeps what was learnt")
@@ -365,9 +365,10 @@ def train(s, world):
         if stopping or step % s.save_every == 0 or step == total:
             save()
         if stopping:
-            stop.leave(f"stopped after step {step} and saved {path}; the same command resumes")
+            stop.leave(f"stopped after step {step} and saved {path}")
     if world.rank == 0:
-        where = f"--out {s.out}" if s.preset == "mini" else f"--preset imagenet256 --vae {path}"
+        mini = s.preset == "mini"
+        where = f"--out {quote(s.out)}" if mini else f"--preset imagenet256 --vae {quote(str(path))}"
         print(f"saved {path} and {s.out}/reconstructions.png (test images and, below them, their "
               f"reconstructions, {psnr:.2f} dB); peak memory {peak_memory(world.device):.2f} GiB. "
               f"Next: python train_dit.py {where}")
@@ -393,6 +394,7 @@ from datetime import timedelta
 from functools import lru_cache
 from itertools import islice
 from multiprocessing import active_children, get_context, parent_process
+from shlex import quote
 
 import numpy as np
 import torch.distributed as dist
@@ -626,8 +628,8 @@ class World:
 class Stop:
     """SIGTERM and Ctrl-C ask a run to save and stop after the current step. A second Ctrl-C ends it at
     once."""
-    def __init__(self, world):
-        self.world, self.asked = world, 0  # the number of the signal
+    def __init__(self, world, fresh=False):
+        self.world, self.fresh, self.asked = world, fresh, 0  # the number of the signal
         signal.signal(signal.SIGTERM, self.ask)
         signal.signal(signal.SIGINT, self.ask)
 
@@ -635,17 +637,22 @@ class Stop:
         self.asked = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
+    def end(self):
+        """From here on, a signal ends the process at once."""
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
     def agreed(self):
         """Whether to stop after this step. All processes must stop at the same one, so they ask each other,
         in the CPU's group, on which no GPU waits."""
+        number = torch.tensor(self.asked)
         if self.world.size > 1:
-            number = torch.tensor(self.asked)
             dist.all_reduce(number, dist.ReduceOp.MAX, group=self.world.patient)
-            self.asked = int(number)
-        return self.asked > 0
+        self.asked = self.asked or int(number)  # a signal that came meanwhile counts after the next step
+        return int(number) > 0
 
     def leave(self, message):
-        stopped = UserError(message)
+        stopped = UserError(f"{message}; the same command {'without --fresh ' if self.fresh else ''}resumes")
         stopped.status = 128 + self.asked  # as shells expect
         raise stopped
 
