@@ -19,21 +19,8 @@ from test_vae import full_size
 from torch import nn
 
 import train_vae
-from train_vae import (
-    PRESETS,
-    Chunks,
-    Images,
-    Log,
-    Run,
-    Settings,
-    World,
-    list_folder,
-    loader,
-    make_run,
-    open_image,
-    opt,
-    train_step,
-)
+from train_vae import PRESETS, Chunks, Images, Log, Run, Settings, World
+from train_vae import list_folder, loader, make_run, open_image, opt, train_step
 from vae import SPECS, AutoencoderKL, PatchDiscriminator, UserError, torch_load
 
 CPU, ONE = torch.device("cpu"), World("cpu")
@@ -247,7 +234,7 @@ def test_init_takes_what_else_the_authors_file_holds_if_it_fits(monkeypatch, tmp
 
 @pytest.mark.parametrize("flags, words", [
     (["--image-size", 30], ["--image-size 30", "divisible", "f16d32"]),
-    (["--image-size", 16], ["--image-size 16", "--disc-weight 0"]),
+    (["--image-size", 16], ["24 pixels or more, not 16", "--disc-weight 0"]),
     (["--no-mcos", "--no-mdms"], ["--no-mcos", "--vf none"]),
     (["--preset", "vavae-long-2"], ["continues the stage before", "--init runs/vavae-long-1/vae.pt"])])
 def test_settings_that_do_not_fit_each_other(flags, words):
@@ -589,7 +576,7 @@ def test_one_class_may_have_folders_of_its_own(tmp_path):
     (["20 ."], "has no class folders: images are expected in DIR/<class>/*.jpg"),
     (["20 train", "5 val"], "train has no class folders: images are expected in DIR/<class>/*.jpg"),
     (["20 a", "b/notes.txt"], "b has no images: images are expected in DIR/<class>/*.jpg"),
-    (["20 train/a", "5 val"], "val has no images in class folders"),  # such as ImageNet's, as it is downloaded
+    (["20 train/a", "5 val"], "val has no images in class folders"),  # ImageNet as it is
     (["6 a", "3 b"], "too few images to split")])
 def test_messages_name_the_layout(tmp_path, files, words):
     line = user_error(list_folder, layout(tmp_path, *files), "test")
@@ -765,8 +752,8 @@ def test_share_divides_the_batch_among_processes():
     shares = [list(range(12))[process(rank, 3).share(12)] for rank in range(3)]
     assert shares == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
     assert "--batch-size 10" in user_error(process(0, 3).share, 10)
-    assert process(2, 3).share(12, pieces=2) == slice(8, 12)
-    assert "3 process(es) times 4" in user_error(process(0, 3).share, 30, pieces=4)
+    assert process(2, 3).share(12, 2) == slice(8, 12)
+    assert "3 process(es) times 4" in user_error(process(0, 3).share, 30, 4)
 
 
 class Numbered(list):
