@@ -291,8 +291,8 @@ class Run:
         # as two graphs.
         if s.compile:
             torch._dynamo.config.optimize_ddp = False
-            for block in self.model.blocks:
-                block.compile()
+            for module in (*self.model.blocks, self.model.final_layer):
+                module.compile()
         self.ddp = world.parallel(self.model)
 
     def parts(self):
