@@ -499,7 +499,7 @@ def open_images(s, run, pair):
         return {}, None
     kinds = {"samples": ImageBatch(s.samples or s.out, s.image_size)}
     made_by = kinds["samples"].meta.get("tokenizer_fingerprint")
-    require(s.samples or made_by == run.get("fingerprint", made_by),
+    require(s.samples or made_by in (None, run.get("fingerprint", made_by)),
             f"{kinds['samples'].name} was decoded by another tokenizer than {s.vae}: run train_dit.py and "
             "sample.py again, or name the samples with --samples")
     if s.features == "mini" and not pair:  # what the samples' scores can be held against

@@ -287,7 +287,7 @@ def sample_all(system, s, world, identity, path):
     parts = path.with_name("samples_parts")
     if s.fresh and world.rank == 0:
         shutil.rmtree(parts, ignore_errors=True)
-        for old in [path, *path.parent.glob("samples/*.png")]:
+        for old in [path, *path.parent.glob("samples/" + 6 * "[0-9]" + ".png")]:
             old.unlink(missing_ok=True)
     chunks = Chunks(parts, "images", s.num, s.batch_size, identity, world)
     stop, ts, mine, on_gpu = Stop(world, s.fresh), time_grid(s), chunks.missing(), world.device.type == "cuda"
