@@ -846,11 +846,17 @@ def test_loading_processes_end_with_the_generator():
     assert gone()
 
 
+def terminated(monkeypatch, fresh=False):
+    """A Stop that has received SIGTERM, without signal handlers."""
+    monkeypatch.setattr(train_vae.signal, "signal", lambda *args: None)
+    stop = train_vae.Stop(ONE, fresh)
+    stop.ask(signal.SIGTERM, None)
+    return stop
+
+
 def test_a_stop_signal_ends_the_wait_for_a_loading_process_that_is_stuck(monkeypatch):
     monkeypatch.setattr(train_vae, "wait", lambda futures, timeout: SimpleNamespace(done=set()))
-    stop = train_vae.Stop.__new__(train_vae.Stop)
-    stop.asked = signal.SIGTERM
-    line = user_error(list, loader(torch.tensor, range(9), 2, stop))
+    line = user_error(list, loader(torch.tensor, range(9), 2, terminated(monkeypatch)))
     assert "waiting for a loading process" in line and gone()
 
 
@@ -921,14 +927,14 @@ def test_mistakes_end_in_one_line_and_everything_else_in_a_traceback(monkeypatch
         train_vae.run_script(Flags, {"mini": {}}, "doc", work)
     monkeypatch.setattr("sys.argv", ["/somewhere/script.py", "--vf", "mini"])
     monkeypatch.setattr(Flags, "device", "cpu", raising=False)
-    stop = train_vae.Stop.__new__(train_vae.Stop)
-    stop.asked = signal.SIGTERM
+    stop = terminated(monkeypatch, fresh=True)
     with pytest.raises(UserError) as stopped:
         stop.leave("stopped after step 3")
     run(None)
     for error, status, line in ((UserError("no file x"), 1, "script.py: error: no file x\n"),
                                 (KeyboardInterrupt(), 130, "script.py: interrupted\n"),
-                                (stopped.value, 143, "script.py: stopped after step 3\n")):
+                                (stopped.value, 143, "script.py: stopped after step 3; the same "
+                                 "command without --fresh resumes\n")):
         with pytest.raises(SystemExit) as end:
             run(error)
         assert end.value.code == status and capsys.readouterr().err == line
