@@ -152,11 +152,21 @@ def test_a_row_that_fails_stops_no_other_but_fails_the_study(processes, tmp_path
     assert "wide-vf/seed0: FAILED" in capsys.readouterr().out
 
 
-def test_a_signal_stops_the_rows_that_run_and_starts_no_other(processes, tmp_path, monkeypatch):
-    monkeypatch.setattr(claims.time, "sleep", lambda _: claims.signal.raise_signal(claims.signal.SIGTERM))
-    with pytest.raises(SystemExit, match="3 were not begun"):
-        claims.run_rows(tmp_path, [(row, 0) for row in claims.FOUR], 1, [])
-    assert Process.started == ["narrow-none"] == Process.stopped[:1]
+@pytest.mark.parametrize("number", [claims.signal.SIGTERM, claims.signal.SIGINT])
+@pytest.mark.parametrize("when", ["they run", "one starts"])
+def test_a_signal_stops_the_rows_that_run_and_starts_no_other(number, when, processes, tmp_path, monkeypatch):
+    def start(*args, **options):
+        process = Process(*args, **options)
+        if when == "one starts":
+            claims.signal.raise_signal(number)
+        return process
+    monkeypatch.setattr(claims.subprocess, "Popen", start)
+    if when == "they run":
+        monkeypatch.setattr(claims.time, "sleep", lambda _: claims.signal.raise_signal(number))
+    n = 1 if when == "one starts" else 2
+    with pytest.raises(SystemExit, match=f"{4 - n} were not begun"):
+        claims.run_rows(tmp_path, [(row, 0) for row in claims.FOUR], 2, [])
+    assert Process.started == claims.FOUR[:n] and sorted(Process.stopped) == sorted(claims.FOUR[:n])
 
 
 @pytest.mark.parametrize("flags, rows", [
@@ -239,7 +249,7 @@ def setting(module, preset, images=claims.IMAGENET, **changed):
 
 
 def paper_beside(folder, vae, dit, sampling, features="inception", images=None, reference=REFERENCE,
-                 protocol=(), released=False, dit_file=True, step=None, **changed):
+                 protocol=(), released=False, dit_file=True, step=None, model=None, **changed):
     """The numbers in brackets of one run. vae: setting(train_vae, ...); dit: setting(train_dit, ...);
     sampling: a preset of sample.py, with `changed` settings."""
     folder.mkdir()
@@ -248,8 +258,8 @@ def paper_beside(folder, vae, dit, sampling, features="inception", images=None, 
     if dit_file:
         torch.save({"settings": dit[0]}, folder / "dit.pt")
     made = asdict(sample.Settings()) | sample.PRESETS[sampling] | {"preset": sampling} | changed
-    meta = made | {"guidance": made["cfg_scale"], "model": f"{dit[0]['size']}/{dit[0]['patch_size']}",
-                   "dit_step": dit[1] if step is None else step}
+    meta = made | {"guidance": made["cfg_scale"], "dit_step": dit[1] if step is None else step,
+                   "model": model or f"{dit[0]['size']}/{dit[0]['patch_size']}"}
     values = {"rFID": 0.3, "PSNR": 28.0, "LPIPS": None, "SSIM": 0.8}
     quality = {"FID": 16.1, "sFID": 5.0, "IS": 100.0, "precision": 0.7, "recall": 0.6}
     (folder / "scores.json").write_text(json.dumps({
@@ -294,6 +304,7 @@ def test_the_papers_number_is_beside_the_papers_setting(vae, dit, sampling, chan
     (VAE, XL, "table3-64ep", {}, TABLE_2),
     # LightningDiT: too few steps, other tricks, unknown training, another size
     (VAE, B, "table2", {"step": 10}, TABLE_2),
+    (VAE, B, "table2", {"model": "L/1"}, TABLE_2),
     (VAE, setting(train_dit, "lightningdit-b", images=120), "table2", {}, TABLE_2),
     (VAE, setting(train_dit, "lightningdit-b", lognorm=False), "table2", {}, TABLE_2),
     (VAE, B, "table2", {"dit_file": False}, TABLE_2),

@@ -132,12 +132,10 @@ def run_rows(out, jobs, at_once, flags):
     SIGTERM and Ctrl-C stop them; each one saves. SystemExit if a job has failed or was stopped."""
     threads = max(1, (os.cpu_count() or 1) // at_once)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    waiting, running, failed, stopped = list(jobs), {}, [], []
+    waiting, running, failed, stopped, told = list(jobs), {}, [], [], set()
 
     def stop(number, frame):
         stopped.append(number)
-        for process in running:
-            process.terminate()
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     while running or (waiting and not stopped):
         while waiting and len(running) < at_once and not stopped:
@@ -149,6 +147,9 @@ def run_rows(out, jobs, at_once, flags):
                 process = subprocess.Popen([*command, *flags], env=environment, stdout=file, stderr=file)
             running[process] = log, time.time()
             print(f"{row}, seed {seed}: begun, see {log}", flush=True)
+        for process in running.keys() - told if stopped else ():
+            process.terminate()
+            told.add(process)
         for process in [process for process in running if process.poll() is not None]:
             log, began = running.pop(process)
             failed += [log] * (process.returncode != 0)
