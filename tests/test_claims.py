@@ -77,7 +77,7 @@ def study(photos, tmp_path_factory):
     patch.setattr(claims, "DIT", fewer(claims.DIT, steps=4, batch_size=8))
     patch.setattr(claims, "DIT_STEPS", 4)
     patch.setattr(claims, "EVERY", 2)
-    patch.setattr(claims, "SAMPLE", fewer(claims.SAMPLE, num=20, steps=3))
+    patch.setattr(claims, "SAMPLE", fewer(claims.SAMPLE, num=20, sampling_steps=3))
     patch.setattr(claims, "SCORE_NET_STEPS", 2)
     options = {**OPTIONS, "data": str(photos)}
     for row in claims.FOUR:
@@ -91,7 +91,7 @@ def test_a_row_leaves_its_scores_and_is_not_made_twice(study, capsys):
     out, options = study
     home = out / "wide-vf" / "seed0"
     scores = json.loads((home / "scores.json").read_text())
-    assert scores["samples"]["images"] == 20 and scores["samples"]["meta"]["guidance"] == 1
+    assert scores["samples"]["images"] == 20 and scores["samples"]["meta"]["cfg_scale"] == 1
     assert scores["tokenizer"]["settings"]["vf"] == "mini"
     assert json.loads((home / "row.json").read_text())["seconds"] > 0
     assert json.loads((home / "step2" / "scores.json").read_text())["samples"]["meta"]["dit_step"] == 2
@@ -113,7 +113,7 @@ def test_all_rows_share_one_foundation_model_and_one_score_network(study):
     out, _ = study
     networks = [json.loads(path.read_text())["network"] for path in out.rglob("scores.json")]
     assert len(networks) == 5 and len(set(networks)) == 1
-    assert [path.parent.name for path in out.rglob("score_net.pt")] == ["score_net"]
+    assert [path.parent.name for path in out.rglob("score_net-*.pt")] == ["score_net"]
     one, other = (torch.load(out / row / "seed0" / "vae.pt", weights_only=True)["teacher"]
                   for row in ("narrow-vf", "wide-vf"))
     assert all(torch.equal(one[name], other[name]) for name in one)
@@ -245,20 +245,24 @@ REFERENCE = "VIRTUAL_imagenet256_labeled.npz (10000 images)"
 def setting(module, preset, images=claims.IMAGENET, **changed):
     """A run's settings with what was changed, and the steps that its epochs make of so many images."""
     settings = asdict(module.Settings()) | module.PRESETS[preset] | {"preset": preset, "seed": 5} | changed
+    settings |= {"data": "/data/imagenet", "fingerprint": preset}
     return settings, round(settings["epochs"] * images / settings["batch_size"])
 
 
 def paper_beside(folder, vae, dit, sampling, features="inception", images=None, reference=REFERENCE,
-                 protocol=(), released=False, dit_file=True, step=None, model=None, **changed):
+                 protocol=(), released=False, dit_file=True, step=None, model=None, tokenizer=None,
+                 **changed):
     """The numbers in brackets of one run. vae: setting(train_vae, ...); dit: setting(train_dit, ...);
     sampling: a preset of sample.py, with `changed` settings."""
     folder.mkdir()
     settings, vae_step = vae
     settings = {"spec": "f8d4"} if released else settings | {"step": vae_step}
+    settings |= {"fingerprint": vae[0]["preset"]}
     if dit_file:
         torch.save({"settings": dit[0]}, folder / "dit.pt")
     made = asdict(sample.Settings()) | sample.PRESETS[sampling] | {"preset": sampling} | changed
-    meta = made | {"guidance": made["cfg_scale"], "dit_step": dit[1] if step is None else step,
+    meta = made | {"tokenizer_fingerprint": tokenizer or vae[0]["preset"],
+                   "dit_step": dit[1] if step is None else step,
                    "model": model or f"{dit[0]['size']}/{dit[0]['patch_size']}"}
     values = {"rFID": 0.3, "PSNR": 28.0, "LPIPS": None, "SSIM": 0.8}
     quality = {"FID": 16.1, "sFID": 5.0, "IS": 100.0, "precision": 0.7, "recall": 0.6}
@@ -310,6 +314,7 @@ def test_the_papers_number_is_beside_the_papers_setting(vae, dit, sampling, chan
     (VAE, B, "table2", {"dit_file": False}, TABLE_2),
     (VAE, setting(train_dit, "lightningdit-1.0b"), "table2", {}, TABLE_2),
     (LONG, XL, "table3-800ep", {}, ["0.28"]),
+    (VAE, B, "table2", {"tokenizer": "another"}, TABLE_2),
     # samples: others, too few, with guidance; another reference; mini features
     (VAE, B, "table1", {}, TABLE_2),
     (VAE, B, "table2", {"images": 5000}, TABLE_2),

@@ -41,7 +41,7 @@ DIT = (f"--size mini-S --patch-size 2 --batch-size 32 --lr 2e-3 --ema 0.998 --st
        "--save-every 500 --sample-every 0 --workers 0")
 # Without guidance, as in Table 2: guidance mends a part of what the latents have spoiled.
 SAMPLES = 1000
-SAMPLE = f"--num {SAMPLES} --labels balanced --steps 25 --shift 1 --cfg-scale 1"
+SAMPLE = f"--num {SAMPLES} --labels balanced --sampling-steps 25 --timestep-shift 1 --cfg-scale 1"
 SCORE_NET_STEPS = 250
 
 # A row: the width d, and the flags of its VF loss.
@@ -86,7 +86,7 @@ def tokenizer_flags(row, options):
 
 def score_flags(out):
     """Flags of fid.py, but for what is scored. All rows share one score network."""
-    return ["--steps", SCORE_NET_STEPS, "--cache", Path(out) / "score_net", "--workers", 0]
+    return ["--score-net-steps", SCORE_NET_STEPS, "--cache", Path(out) / "score_net", "--workers", 0]
 
 
 def run_row(out, row, seed, options):
@@ -387,20 +387,22 @@ IMAGENET = 1_281_167  # training images
 PROTOCOL = {"crop": "resize", "posterior": "sample", "rfid_input": "pytorch-fid", "images": 50_000}
 
 
-def is_preset(module, settings, free=()):
-    """Whether settings {name: value} are those of their preset, but for names in `free`, the seed, and what
-    changes no result. ImageNet's number of images shows in the steps, which `trained_on_imagenet` checks."""
+def preset_of(module, settings, free=()):
+    """Settings {name: value} of a run -> those of its preset, or None if they differ from it in what changes
+    the result: in any but the seed, the path of the images, the number of steps, and names in `free`."""
     preset = module.PRESETS.get(settings.get("preset"))
     if preset is None:
-        return False
+        return None
     wanted = asdict(module.Settings()) | preset
     names = {field.name for field in fields(module.Settings) if field.metadata.get("same", True)}
-    return all(settings.get(name) == wanted[name] for name in names - {"preset", "seed", *free})
+    names -= {"preset", "seed", "data", *free}
+    return wanted if all(settings.get(name) == wanted[name] for name in names) else None
 
 
-def trained_on_imagenet(settings, step):
-    """Whether a run has taken the steps that its epochs make of ImageNet's training images."""
-    return step == round(settings["epochs"] * IMAGENET / settings["batch_size"])
+def steps_on_imagenet(wanted):
+    """The steps that a preset's epochs make of ImageNet's training images. Any other number of steps means
+    other images, or a training that was cut short."""
+    return round(wanted["epochs"] * IMAGENET / wanted["batch_size"])
 
 
 def paper_tokenizer(settings):
@@ -409,9 +411,8 @@ def paper_tokenizer(settings):
     import train_vae
     name = settings.get("preset")
     long = name == "vavae-long-3"
-    if not is_preset(train_vae, settings, ("vf_input", "init") if long else ("vf_input",)):
-        return None
-    if (long and not settings["init"]) or not trained_on_imagenet(settings, settings.get("step")):
+    wanted = preset_of(train_vae, settings, ("vf_input", "init") if long else ("vf_input",))
+    if wanted is None or settings.get("step") != steps_on_imagenet(wanted) or (long and not settings["init"]):
         return None
     name = "table2-f16d32-dinov2" if name == "imagenet256" else name
     return name if name in PAPER_SCORES else None
@@ -432,7 +433,7 @@ def paper_generation(scores, dit):
     import train_dit
     samples = scores.get("samples", {"images": 0, "meta": {}, "against": ""})
     meta = samples["meta"]
-    if scores["features"] != "inception" or not is_preset(sample, meta):
+    if scores["features"] != "inception" or preset_of(sample, meta) is None:
         return []
     # ADM's statistics of ImageNet at 256x256 pixels are what the paper's FIDs are distances to
     if samples["images"] != meta["num"] or "VIRTUAL_imagenet256" not in samples["against"]:
@@ -440,12 +441,13 @@ def paper_generation(scores, dit):
     table, _, system = meta["preset"].partition("-")
     if table == "official":  # the authors' weights
         return PAPER_SYSTEMS.get(f"{system}-cfg", [])
-    model = f"{dit.get('size')}/{dit.get('patch_size')}"
-    if not is_preset(train_dit, dit) or meta["model"] != model:
-        return []
-    if not trained_on_imagenet(dit, meta["dit_step"]):
+    wanted = preset_of(train_dit, dit, ("image_size",))
+    if wanted is None or meta["model"] != f"{dit['size']}/{dit['patch_size']}":
         return []
     settings = scores.get("tokenizer", {"settings": {}})["settings"]
+    same_tokenizer = settings.get("fingerprint") == meta["tokenizer_fingerprint"]
+    if meta["dit_step"] != steps_on_imagenet(wanted) or not same_tokenizer:
+        return []
     tokenizer = paper_tokenizer(settings) or ""
     if table == "table3":
         epochs = system.removesuffix("-cfg")
@@ -484,7 +486,7 @@ def paper_table(runs):
                 cells.append(f"{cell} ({paper[k]:g})" if k < len(paper) else cell)
         name = scores["run"] + " (mini-)" * (scores["features"] == "mini")
         about = [tokenizer["settings"].get(key, "-") for key in ("spec", "vf")]
-        made = [samples["meta"].get(key, "-") for key in ("model", "guidance")]
+        made = [samples["meta"].get(key, "-") for key in ("model", "cfg_scale")]
         images = f"{tokenizer['images']} / {samples['images']}"
         rows.append([name, *about, *cells[:4], *made, *cells[4:], images])
     head = ("run | spec | VF loss | rFID | PSNR | LPIPS | SSIM | model | guidance | "
