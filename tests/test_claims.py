@@ -28,7 +28,8 @@ def tokenizer(row):
     return asdict(train_vae.parse_settings(train_vae.Settings, train_vae.PRESETS, "", flags))
 
 
-def test_rows_differ_in_what_they_compare_and_in_nothing_else():
+def test_rows_are_fair():
+    """What is compared differs in what the comparison is about, and in nothing else."""
     def differ(a, b):
         one, other = tokenizer(a), tokenizer(b)
         return {name for name in one if one[name] != other[name]}
