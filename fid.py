@@ -119,7 +119,7 @@ def precision_recall(reference, samples, k=3, block=2000):
     block * max(M, N) numbers."""
     reference, samples = torch.as_tensor(reference).double(), torch.as_tensor(samples).double()
 
-    def share(points, centres):
+    def fraction_inside(points, centres):
         # of the k + 1 smallest distances within a set, the first is the feature's distance to itself
         nearest = [torch.cdist(c, centres).topk(k + 1, largest=False).values for c in centres.split(block)]
         radii = torch.cat(nearest)[:, k]  # (number of centres,)
@@ -127,7 +127,7 @@ def precision_recall(reference, samples, k=3, block=2000):
         return torch.cat(inside).double().mean().item()
 
     # precision: share of samples in any ball of a reference; recall: the other way round
-    return share(samples, reference), share(reference, samples)
+    return fraction_inside(samples, reference), fraction_inside(reference, samples)
 
 def compare(ours, reference, prefix=""):
     """The features_of some samples and of a reference -> {prefix + name: value}: FID, sFID, IS, precision and
@@ -499,7 +499,7 @@ def open_images(s, run, pair):
         return {}, None
     kinds = {"samples": ImageBatch(s.samples or s.out, s.image_size)}
     made_by = kinds["samples"].meta.get("tokenizer_fingerprint")
-    require(s.samples or made_by == run.get("fingerprint", made_by),
+    require(s.samples or made_by in (None, run.get("fingerprint", made_by)),
             f"{kinds['samples'].name} was decoded by another tokenizer than {s.vae}: run train_dit.py and "
             "sample.py again, or name the samples with --samples")
     if s.features == "mini" and not pair:  # what the samples' scores can be held against

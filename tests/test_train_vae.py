@@ -19,21 +19,8 @@ from test_vae import full_size
 from torch import nn
 
 import train_vae
-from train_vae import (
-    PRESETS,
-    Chunks,
-    Images,
-    Log,
-    Run,
-    Settings,
-    World,
-    list_folder,
-    loader,
-    make_run,
-    open_image,
-    opt,
-    train_step,
-)
+from train_vae import PRESETS, ChunkFiles, Images, Log, Run, Settings, World
+from train_vae import list_folder, loader, make_run, open_image, opt, train_step
 from vae import SPECS, AutoencoderKL, PatchDiscriminator, UserError, torch_load
 
 CPU, ONE = torch.device("cpu"), World("cpu")
@@ -199,12 +186,12 @@ def test_the_long_recipe_is_a_chain_by_init(tiny, monkeypatch, tmp_path):
     train_vae.train(tiny("--out", tmp_path / "1"), ONE)
     second, state = tiny("--out", tmp_path / "2", "--seed", 5, "--init", paths[0]), torch_load(paths[0])
     run = make_run(second, None, ONE, None)
-    for name, part in run.parts().items():
+    for name, part in run.states().items():
         if name.startswith("optimizer"):
             assert not part.state and state[name]["state"], name
         else:
             assert all(torch.equal(value, state[name][k]) for k, value in part.state_dict().items()), name
-    assert {"model", "linear_proj", "discriminator"} <= run.parts().keys()
+    assert {"model", "linear_proj", "discriminator"} <= run.states().keys()
     train_vae.train(second, ONE)
     state = torch_load(paths[1])
     # a resumed run takes its own weights, not those of --init
@@ -247,7 +234,7 @@ def test_init_takes_what_else_the_authors_file_holds_if_it_fits(monkeypatch, tmp
 
 @pytest.mark.parametrize("flags, words", [
     (["--image-size", 30], ["--image-size 30", "divisible", "f16d32"]),
-    (["--image-size", 16], ["--image-size 16", "--disc-weight 0"]),
+    (["--image-size", 16], ["24 pixels or more, not 16", "--disc-weight 0"]),
     (["--no-mcos", "--no-mdms"], ["--no-mcos", "--vf none"]),
     (["--preset", "vavae-long-2"], ["continues the stage before", "--init runs/vavae-long-1/vae.pt"])])
 def test_settings_that_do_not_fit_each_other(flags, words):
@@ -319,9 +306,9 @@ def test_compiled_steps_have_the_same_terms(monkeypatch, precision, backend):
         # one step in bf16, since a fresh GAN soon turns a rounding error into another course
         steps = range(3 if precision == "fp32" else 1)
         found.append([train_step(run, x[:2], noise[:2], step) for step in steps])
-        saved = run.parts()["model"].state_dict()  # torch.compile adds no prefix to what is saved
+        saved = run.states()["model"].state_dict()  # torch.compile adds no prefix to what is saved
         assert saved.keys() == AutoencoderKL(**TINY).state_dict().keys()
-        assert run.parts().keys() == {"model", "linear_proj", "optimizer", "discriminator", "optimizer_disc"}
+        assert run.states().keys() == {"model", "linear_proj", "optimizer", "discriminator", "optimizer_disc"}
     for plain, fast in zip(*found, strict=True):
         for name, value in plain.items():
             assert fast[name].item() == pytest.approx(value.item(), rel=1e-4, abs=1e-5), name
@@ -589,7 +576,7 @@ def test_one_class_may_have_folders_of_its_own(tmp_path):
     (["20 ."], "has no class folders: images are expected in DIR/<class>/*.jpg"),
     (["20 train", "5 val"], "train has no class folders: images are expected in DIR/<class>/*.jpg"),
     (["20 a", "b/notes.txt"], "b has no images: images are expected in DIR/<class>/*.jpg"),
-    (["20 train/a", "5 val"], "val has no images in class folders"),  # such as ImageNet's, as it is downloaded
+    (["20 train/a", "5 val"], "val has no images in class folders"),  # ImageNet as it is
     (["6 a", "3 b"], "too few images to split")])
 def test_messages_name_the_layout(tmp_path, files, words):
     line = user_error(list_folder, layout(tmp_path, *files), "test")
@@ -765,8 +752,8 @@ def test_share_divides_the_batch_among_processes():
     shares = [list(range(12))[process(rank, 3).share(12)] for rank in range(3)]
     assert shares == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
     assert "--batch-size 10" in user_error(process(0, 3).share, 10)
-    assert process(2, 3).share(12, pieces=2) == slice(8, 12)
-    assert "3 process(es) times 4" in user_error(process(0, 3).share, 30, pieces=4)
+    assert process(2, 3).share(12, 2) == slice(8, 12)
+    assert "3 process(es) times 4" in user_error(process(0, 3).share, 30, 4)
 
 
 class Numbered(list):
@@ -1064,7 +1051,7 @@ ROWS = np.arange(66).reshape(11, 2, 3).astype(np.float16)
 
 
 def chunks(folder, world=ONE, size=4, **about):
-    return Chunks(folder, "latents", 11, size, {"seed": 1, "shape": (2, 3)} | about, world)
+    return ChunkFiles(folder, "latents", 11, size, {"seed": 1, "shape": (2, 3)} | about, world)
 
 
 def complete(folder, world=ONE):
