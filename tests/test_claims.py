@@ -1,8 +1,11 @@
-"""The study of the paper's claims: its design, a few rows in seconds, its report, the paper's numbers."""
+"""The study of the paper's claims: its design, a few rows in seconds, its picture and report, and the paper's
+numbers, which stand beside the paper's setting only."""
 import json
+import re
+import sys
 from dataclasses import asdict
+from pathlib import Path
 
-import claims
 import numpy as np
 import pytest
 import torch
@@ -12,213 +15,210 @@ import sample
 import train_dit
 import train_vae
 
+sys.path.insert(0, str(Path(__file__).parent / "claims"))
+import claims
 
+OPTIONS = {"data": "shapes", "other": "photos", "vf": "mini"}
+
+
+# --- the design -----------------------------------------------------------------------------------------
+def tokenizer(row):
+    """The settings of a row's tokenizer."""
+    flags = claims.tokenizer_flags(row, OPTIONS)
+    return asdict(train_vae.parse_settings(train_vae.Settings, train_vae.PRESETS, "", flags))
+
+
+def test_rows_are_fair():
+    """What is compared differs in what the comparison is about, and in nothing else."""
+    def differ(a, b):
+        one, other = tokenizer(a), tokenizer(b)
+        return {name for name in one if one[name] != other[name]}
+    loss = {"vf", "vf_weight", "cos_margin", "mdms_margin", "teacher_steps"}
+    for width in ("narrow", "wide"):
+        assert "vf" in differ(f"{width}-none", f"{width}-vf") <= loss
+    assert differ("narrow-vf", "wide-vf") == differ("narrow-none", "wide-none") == {"spec"}
+    assert differ("wide-vf", "wide-untrained") == {"teacher_steps"}
+    assert differ("wide-vf", "wide-other") == {"teacher_data"}
+    assert claims.FOUR == ["narrow-none", "wide-none", "narrow-vf", "wide-vf"]
+    assert [claims.plain_twin(row) for row in claims.ROWS] == [
+        None, None, "narrow-none", "wide-none", "wide-none", "wide-none"]
+
+
+# --- running --------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """An image folder of 10 classes, 6 train and 2 test pictures each."""
+    """A folder of 10 classes of 32x32 pictures, 6 for training and 2 for tests each."""
     root, rng = tmp_path_factory.mktemp("claims") / "photos", np.random.default_rng(0)
     for split, n in (("train", 6), ("test", 2)):
         for c in range(10):
             (root / split / f"class{c}").mkdir(parents=True)
             for i in range(n):
-                pixels = np.clip(rng.normal(20 * c + 40, 30, (16, 16, 3)), 0, 255).astype(np.uint8)
+                pixels = np.clip(rng.normal(20 * c + 40, 30, (32, 32, 3)), 0, 255).astype(np.uint8)
                 Image.fromarray(pixels).save(root / split / f"class{c}" / f"{i}.png")
     return root
 
 
-DESIGN = claims.design   # the fixture `study` puts TINY in its place
-TINY = {"steps": 4, "ladder_steps": 4, "every": 2, "weight": 0.5, "half": 0.25}
-RUNS = (("d64-none", 0), ("d64-vf", 0), ("d64-none", 1), ("d64-vf", 1),
-        ("d64-vf+mini-XS", 0), ("ladder-9", 0))
+def fewer(flags, **values):
+    """The flags with other values: fewer(" --steps 9", steps=2)."""
+    for name, value in values.items():
+        flag = "--" + name.replace("_", "-")
+        flags, n = re.subn(rf"{flag} [\de.-]+", f"{flag} {value}", flags)
+        assert n == 1, name
+    return flags
 
 
 @pytest.fixture(scope="module")
 def study(photos, tmp_path_factory):
-    """Rows of the study with a few steps each, as `python tests/claims.py --row ROW --data DIR` runs them."""
+    """The four rows with a few steps each and a curve, as `python tests/claims --row ROW` makes them."""
     out, patch = tmp_path_factory.mktemp("study"), pytest.MonkeyPatch()
-    short = claims.TOKENIZER.replace("--steps 800", "--steps 4").replace("steps 300", "steps 2")
-    patch.setattr(claims, "TOKENIZER", short)
-    patch.setattr(claims.score_flags, "__defaults__", (2, "shared"))
-    patch.setattr(claims, "SAMPLES", 20)
-    patch.setattr(claims, "design", lambda data: TINY)
-    for row, seed in RUNS:
-        claims.run_row(out, row, str(photos), seed)
-    yield out
+    patch.setattr(claims, "TOKENIZER", fewer(claims.TOKENIZER, steps=2))
+    patch.setattr(claims, "VF", fewer(claims.VF, teacher_steps=2))
+    patch.setattr(claims, "ROWS", {**claims.ROWS, "narrow-vf": (claims.NARROW, claims.VF),
+                                   "wide-vf": (claims.WIDE, claims.VF)})
+    patch.setattr(claims, "DIT", fewer(claims.DIT, steps=4, batch_size=8))
+    patch.setattr(claims, "DIT_STEPS", 4)
+    patch.setattr(claims, "EVERY", 2)
+    patch.setattr(claims, "SAMPLE", fewer(claims.SAMPLE, num=20, sampling_steps=3))
+    patch.setattr(claims, "SCORE_NET_STEPS", 2)
+    options = {**OPTIONS, "data": str(photos)}
+    for row in claims.FOUR:
+        claims.run_row(out, row, 0, options)
+    claims.score_curve(out, "wide-vf", 0)
+    yield out, options
     patch.undo()
 
 
-def score(study, row, seed=0, file="scores.json", part="samples", name="mini-FID"):
-    path = study / "photos" / row / f"seed{seed}" / file
-    return json.loads(path.read_text())[part]["values"][name]
-
-
-# --- the design -----------------------------------------------------------------------------------------
-def settings(module, flags, plan):
-    parsed = train_vae.parse_settings(module.Settings, module.PRESETS, "", flags.format(**plan).split())
-    return {k: v for k, v in asdict(parsed).items() if k not in ("preset", "out")}
-
-
-@pytest.mark.parametrize("data", ["shapes", "path/to/cifar10"])
-def test_rows_are_fair(data):
-    """What a claim compares differs in what the claim is about, and in nothing else."""
-    plan = DESIGN(data)
-
-    def tokenizer(row):
-        return settings(train_vae, f"{claims.TOKENIZER} {claims.TOKENIZERS[row]}", plan)
-
-    def differ(a, b):
-        return {k for k in a if a[k] != b[k]}
-    for d in (4, 16, 64):
-        assert "vf" in differ(tokenizer(f"d{d}-vf"), tokenizer(f"d{d}-none"))
-        assert differ(tokenizer(f"d{d}-vf"), tokenizer(f"d{d}-none")) <= {
-            "vf", "vf_weight", "cos_margin", "mdms_margin"}
-        assert differ(tokenizer(f"d{d}-vf"), tokenizer("d64-vf")) <= {"spec"}
-    half = {"vf_weight": plan["weight"] / 2}
-    for row, change in (("margins", {"cos_margin": 0.5, "mdms_margin": 0.25}), ("other", {}),
-                        ("only-mcos", {"mdms": False, **half}), ("only-mdms", {"mcos": False, **half})):
-        assert tokenizer(f"d64-{row}") == tokenizer("d64-vf") | change
-    dits = {row: settings(train_dit, flags, plan) for row, (_, flags) in claims.ROWS.items()}
-    for row, dit in dits.items():
-        if not row.startswith("ladder"):
-            assert differ(dit, dits["d64-vf"]) == ({"size"} if "+" in row else set()), row
-    images = {row: dits[row]["batch_size"] * dits[row]["steps"] for row in claims.LADDER_ROWS}
-    assert set(images.values()) == {images["d4-none"]}
-    flags = f"--preset mini-table1-8 {claims.TRAINING} --steps {{steps}} {claims.CONDUCT}"
-    row_8 = settings(train_dit, flags, plan)
-    assert differ(row_8, dits["d4-none"]) <= {"save_every"}
-
-
-def test_claims_name_rows():
-    named = {row for groups in claims.CLAIMS.values() for group in groups for row in group}
-    assert named == set(claims.ROWS) and set(claims.CURVES) <= named
-    assert {tokenizer for tokenizer, _ in claims.ROWS.values()} == set(claims.TOKENIZERS)
-    twins = {row: claims.plain_twin(row) for row in claims.ROWS}
-    assert twins["d64-vf+mini"] == "d64-none+mini"
-    assert (twins["d64-margins"], twins["d4-vf"]) == ("d64-none", "d4-none")
-    assert twins["d4-none"] is twins["d64-none+mini"] is twins["ladder-3"] is None
-
-
-# --- running --------------------------------------------------------------------------------------------
-def test_a_row_leaves_its_scores_and_is_not_done_twice(study, photos, capsys):
-    home = study / "photos" / "d64-vf" / "seed0"
+def test_a_row_leaves_its_scores_and_is_not_made_twice(study, capsys):
+    out, options = study
+    home = out / "wide-vf" / "seed0"
     scores = json.loads((home / "scores.json").read_text())
-    assert {"tokenizer", "samples"} <= set(scores) and scores["samples"]["images"] == 20
-    assert scores["tokenizer"]["settings"]["vf_weight"] == 0.5 and scores["samples"]["meta"]["guidance"] == 1
-    assert json.loads((home / "control" / "scores.json").read_text())["network"] != scores["network"]
-    step2 = json.loads((home / "step2" / "scores.json").read_text())
-    assert step2["samples"]["meta"]["dit_step"] == 2
-    assert (home / "uniformity.json").exists() and not list(home.glob("dit-*.pt"))
-    before = {path: path.stat().st_mtime_ns for path in study.rglob("*.json")}
-    claims.run_row(study, "d64-vf", str(photos), 0)
-    assert {path: path.stat().st_mtime_ns for path in study.rglob("*.json")} == before
+    assert scores["samples"]["images"] == 20 and scores["samples"]["meta"]["cfg_scale"] == 1
+    assert scores["tokenizer"]["settings"]["vf"] == "mini"
+    assert json.loads((home / "row.json").read_text())["seconds"] > 0
+    assert json.loads((home / "step2" / "scores.json").read_text())["samples"]["meta"]["dit_step"] == 2
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.json")}
+    claims.run_row(out, "wide-vf", 0, options)
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*.json")} == before
     assert "is finished" in capsys.readouterr().out
 
 
-def test_a_finished_row_of_another_design_is_an_error(study, photos, monkeypatch, capsys):
-    monkeypatch.setattr(claims, "design", lambda data: {**TINY, "weight": 0.3})
-    with pytest.raises(SystemExit) as end:
-        claims.run_row(study, "d64-vf", str(photos), 0)
-    captured = capsys.readouterr()
-    assert "vf-weight 0.3" in str(end.value) + captured.out + captured.err
+def test_a_finished_row_of_another_design_is_an_error(study, monkeypatch, capsys):
+    out, options = study
+    monkeypatch.setattr(claims, "TOKENIZER", fewer(claims.TOKENIZER, lr=2e-3))
+    with pytest.raises(SystemExit):
+        claims.run_row(out, "wide-vf", 0, options)
+    assert "--lr 0.002" in capsys.readouterr().err
 
 
-def test_all_rows_share_one_teacher_and_one_score_network(study):
-    found = [json.loads(p.read_text())["network"] for p in (study / "photos").glob("*/seed*/scores.json")]
-    assert len(found) == len(RUNS) and len(set(found)) == 1
-    assert sorted(p.parent.name for p in study.rglob("score_net.pt")) == ["control", "shared"]
-    one, other = (torch.load(study / "photos" / "d64-vf" / seed / "vae.pt", weights_only=True)
-                  for seed in ("seed0", "seed1"))
-    assert all(torch.equal(one["teacher"][k], other["teacher"][k]) for k in one["teacher"])
-    assert not torch.equal(one["linear_proj"]["weight"], other["linear_proj"]["weight"])
-
-
-def test_the_control_s_teacher_learns_from_other_images(study, photos):
-    assert claims.tokenizer_flags("photos", "d64-other", "shapes")[-2:] == ["--teacher-data", "shapes"]
-    assert "--teacher-data" not in claims.tokenizer_flags("photos", "d64-vf", "shapes")
-    with pytest.raises(SystemExit, match="--other"):
-        claims.run_row(study, "d64-other", str(photos), 0)
-
-
-started = []
+def test_all_rows_share_one_foundation_model_and_one_score_network(study):
+    out, _ = study
+    networks = [json.loads(path.read_text())["network"] for path in out.rglob("scores.json")]
+    assert len(networks) == 5 and len(set(networks)) == 1
+    assert [path.parent.name for path in out.rglob("score_net-*.pt")] == ["score_net"]
+    one, other = (torch.load(out / row / "seed0" / "vae.pt", weights_only=True)["teacher"]
+                  for row in ("narrow-vf", "wide-vf"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 class Process:
-    """Stands for a row's process: notes which one it is, and fails as d64-vf."""
+    """Stands for a row's process: it ends when it is asked, and wide-vf fails."""
+    started, stopped = [], []
 
-    def __init__(self, command, **_):
-        self.row = command[command.index("--row") + 1]
-        started.append(self.row)
+    def __init__(self, command, env, **_):
+        self.command, self.polls = [str(word) for word in command], 0
+        self.row = self.command[self.command.index("--row") + 1]
+        self.started.append(self.row)
+        self.threads = env["OMP_NUM_THREADS"]
 
-    def wait(self):
-        return int(self.row == "d64-vf")
+    def poll(self):
+        self.polls += 1
+        self.returncode = int(self.row == "wide-vf") if self.polls > 1 else None
+        return self.returncode
+
+    def terminate(self):
+        self.stopped.append(self.row)
 
 
-def test_the_study_runs_what_was_asked_for(monkeypatch, tmp_path, capsys):
-    """Tokenizers first, those that a row uses too; a failed row fails the study and stops no other."""
-    started.clear()
+@pytest.fixture
+def processes(monkeypatch):
     monkeypatch.setattr(claims.subprocess, "Popen", Process)
-    monkeypatch.setattr(claims.signal, "signal", lambda *_: None)
-    with pytest.raises(SystemExit, match="1 rows failed"):
-        claims.study(tmp_path, ["d64-vf+mini", "d4-none"], ["shapes"], [0], 1)
-    assert started == ["d64-vf", "d4-none", "d64-vf+mini"]
-    assert "FAILED" in capsys.readouterr().out
-    started.clear()
-    with pytest.raises(SystemExit):
-        claims.study(tmp_path, [*claims.ROWS], ["shapes"], [0], 1)
-    assert sorted(started) == sorted(set(claims.ROWS) - {"d64-other"})
+    monkeypatch.setattr(Process, "started", [])
+    monkeypatch.setattr(Process, "stopped", [])
 
 
-def test_sigterm_stops_the_rows_too(monkeypatch, tmp_path):
-    """The running row gets the signal, which saves; no other one is begun; the study fails."""
-    handlers, ended = {}, []
-
-    class Stopped(Process):
-        def wait(self):
-            handlers[claims.signal.SIGTERM]()
-            return 1
-
-        def terminate(self):
-            ended.append(self.row)
-    monkeypatch.setattr(claims.subprocess, "Popen", Stopped)
-    monkeypatch.setattr(claims.signal, "signal", handlers.__setitem__)
-    with pytest.raises(SystemExit, match="2 rows failed or were stopped"):
-        claims.study(tmp_path, ["d4-none", "d64-none"], ["shapes"], [0], 1)
-    assert ended == ["d64-none"]
+def test_a_row_that_fails_stops_no_other_but_fails_the_study(processes, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="1 rows failed, 0 were"):
+        claims.run_rows(tmp_path, [(row, 0) for row in claims.FOUR], 2, [])
+    assert Process.started == claims.FOUR and not Process.stopped
+    assert "wide-vf/seed0: FAILED" in capsys.readouterr().out
 
 
-# --- report ---------------------------------------------------------------------------------------------
-def test_report(study, capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(claims, "plots", lambda *_: None)
-    claims.report(study, tmp_path)
+@pytest.mark.parametrize("number", [claims.signal.SIGTERM, claims.signal.SIGINT])
+@pytest.mark.parametrize("when", ["they run", "one starts"])
+def test_a_signal_stops_the_rows_that_run_and_starts_no_other(number, when, processes, tmp_path, monkeypatch):
+    def start(*args, **options):
+        process = Process(*args, **options)
+        if when == "one starts":
+            claims.signal.raise_signal(number)
+        return process
+    monkeypatch.setattr(claims.subprocess, "Popen", start)
+    if when == "they run":
+        monkeypatch.setattr(claims.time, "sleep", lambda _: claims.signal.raise_signal(number))
+    n = 1 if when == "one starts" else 2
+    with pytest.raises(SystemExit, match=f"{4 - n} were not begun"):
+        claims.run_rows(tmp_path, [(row, 0) for row in claims.FOUR], 2, [])
+    assert Process.started == claims.FOUR[:n] and sorted(Process.stopped) == sorted(claims.FOUR[:n])
+
+
+@pytest.mark.parametrize("flags, rows", [
+    (["--show"], [(row, 5) for row in claims.FOUR]),
+    (["--study"], [(row, 5) for row in claims.ROWS if row != "wide-other"]),
+    (["--study", "--other", "photos"], [(row, 5) for row in claims.ROWS])])
+def test_each_flag_runs_its_rows(flags, rows, monkeypatch, tmp_path):
+    asked, words = [], ["--seed", "5", "--vf", "dinov2-s", "--out", str(tmp_path)]
+    monkeypatch.setattr(claims, "run_rows", lambda out, jobs, at_once, options: asked.append((jobs, options)))
+    for name in ("picture", "score_curve", "report"):
+        monkeypatch.setattr(claims, name, lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["claims", *flags, *words])
+    claims.main()
+    (jobs, options), = asked
+    assert jobs == rows and options[options.index("--vf") + 1] == "dinov2-s"
+
+
+# --- the picture and the report -------------------------------------------------------------------------
+def test_the_picture_shows_samples_and_reconstructions_of_four_rows(study, tmp_path):
+    out, _ = study
+    claims.picture(out, 0, tmp_path / "claims.png")
+    with Image.open(tmp_path / "claims.png") as file:
+        pixels = np.asarray(file).astype(int)
+    # the first sample of each row, enlarged, is somewhere in its quarter of the picture
+    half = np.array(pixels.shape[:2]) // 2
+    for row, (i, j) in zip(claims.FOUR, ((0, 0), (0, 1), (1, 0), (1, 1))):
+        quarter = pixels[i * half[0]:(i + 1) * half[0], j * half[1]:(j + 1) * half[1]]
+        with np.load(out / row / "seed0" / "samples.npz") as batch:
+            first = np.asarray(Image.fromarray(batch["arr_0"][0]).resize((48, 48), Image.NEAREST)).astype(int)
+        places = np.argwhere((quarter[:-47, :-47] == first[0, 0]).all(2))
+        assert any((quarter[y:y + 48, x:x + 48] == first).all() for y, x in places), row
+
+
+def test_report(study, capsys):
+    out, _ = study
+    claims.report(out)
     text = capsys.readouterr().out
-    none, vf = ([score(study, row, seed) for seed in (0, 1)] for row in ("d64-none", "d64-vf"))
-    line = next(x for x in text.splitlines() if x.startswith("| photos | d64-vf |"))
-    ratios = np.array(vf) / none
-    mean, error = ratios.prod() ** 0.5, abs(np.log(ratios[0] / ratios[1])) / 2   # of two: half their distance
-    assert f"| {np.mean(vf):.3g} ± {np.std(vf, ddof=1):.2g} |" in line
-    assert f"| {100 * (mean - 1):+.0f} % ± {100 * mean * error:.0f} (" in line
-    curve = [score(study, "d64-none", file=file) for file in ("step2/scores.json", "scores.json")]
-    assert claims.Results(study / "photos").curve("d64-none", 0) == list(zip((2, 4), curve))
-    xs = score(study, "d64-vf+mini-XS")
-    line = next(x for x in text.splitlines() if x.startswith("| photos | d64-vf+mini-XS |"))
-    assert f"| {xs:.3g} |  |  |" in line   # its plain twin was not run
-    assert "ladder-9: + patch size = 1 & VA-VAE (the paper: 4.29)" in text and "d16-none" not in text
+    none, vf = (claims.get(out, row, "mini-FID")[0] for row in ("wide-none", "wide-vf"))
+    line = next(line for line in text.splitlines() if line.startswith("| wide-vf |"))
+    assert f"| {vf:.3g} |" in line and f"| {100 * (vf / none - 1):+.0f} % |" in line
+    curve = claims.curve(out, "wide-vf", 0)
+    assert [step for step, _ in curve] == [2, 4] and curve[1][1] == vf
+    assert f"| wide-vf | 0 | {curve[0][1]:.3f}, {curve[1][1]:.3f} |" in text
+    with pytest.raises(SystemExit, match="holds no runs"):
+        claims.report(out / "nothing")
 
 
-def test_plots(study, tmp_path):
-    pytest.importorskip("matplotlib")
-    claims.plots([claims.Results(study / "photos")], tmp_path)
-    assert (tmp_path / "claims.png").stat().st_size > 5000 and (tmp_path / "claims-samples.png").exists()
-
-
-def test_rows_are_compared_on_shared_seeds():
-    assert claims.common({"a": {0: 1.0, 1: 2.0}, "b": {1: 3.0}, "c": {}}) == {1}
-    assert claims.common({"a": {}}) == set()
-
-
-def test_change_is_the_geometric_mean():
-    assert claims.change({0: 1.0, 1: 1.0}, {0: 2.0, 1: 0.5}).startswith("+0 %")
+def test_change_is_the_geometric_mean_over_shared_seeds():
+    assert claims.change({0: 1.0, 1: 1.0}, {0: 2.0, 1: 0.5}) == "+0 % (+100, -50)"
     assert claims.change({0: 4.0, 1: 3.0}, {0: 3.0}) == "-25 %" and claims.change({0: 1.0}, {1: 1.0}) == ""
+    assert claims.spread([1.0, 3.0]) == "2 ± 1.4" and claims.spread([]) == ""
 
 
 @pytest.mark.parametrize("target, step", [(20.0, 100), (15.0, 150), (6.0, 280), (4.0, None)])
@@ -232,48 +232,102 @@ def test_the_numbers_are_of_the_rows_that_train_vae_has():
     assert set(claims.PAPER_SCORES) == set(train_vae.ROWS) - long - {"table1-sdvae"} | {"vavae-long-3"}
     assert all(len(scores) == (7 if name.startswith("table2") else 5)
                for name, scores in claims.PAPER_SCORES.items() if name != "vavae-long-3")
-    assert len(claims.PAPER_LADDER) == len(train_dit.LADDER) == len(claims.LADDER_ROWS) == 10
+    assert len(claims.PAPER_LADDER) == len(train_dit.LADDER) == 10
+    assert {f"table3-{name}" for name in claims.PAPER_SYSTEMS} == {n for n in sample.PRESETS if "table3" in n}
     # what the paper prints twice
     for one, other in (("table4-naive", "table2-f16d32-none"), ("table5-full", "table2-f16d32-dinov2"),
                        ("table4-dinov2", "table2-f16d32-dinov2"), ("table4-mae", "table2-f16d32-mae")):
         assert claims.PAPER_SCORES[one][:5] == claims.PAPER_SCORES[other][:5]
 
 
-NONE = {}   # nothing overridden
+REFERENCE = "VIRTUAL_imagenet256_labeled.npz (10000 images)"
 
 
-def test_table_puts_the_paper_beside_the_same_setting_only(tmp_path):
-    def run(name, row, preset, features="inception", images=10_000, guidance=1.0, model="B/1", change=NONE,
-            other=NONE):
-        (tmp_path / name).mkdir()
-        setting = asdict(train_vae.Settings()) | train_vae.PRESETS[row] | {"preset": row, "seed": 5} | change
-        meta = {**asdict(sample.Settings()), **sample.PRESETS[preset], "preset": preset,
-                "guidance": guidance, "model": model}
-        protocol = {"crop": "resize", "posterior": "sample", "rfid_input": "pytorch-fid"} | other
-        tokenizer = {"rFID": 0.3, "PSNR": 28.0, "LPIPS": None, "SSIM": 0.8}
-        values = {"FID": 16.1, "sFID": 5, "IS": 100, "precision": 0.7, "recall": 0.6}
-        (tmp_path / name / "scores.json").write_text(json.dumps({
-            "run": name, "features": features, "network": "",
-            "tokenizer": {"values": tokenizer, "images": 50_000, "settings": setting, **protocol},
-            "samples": {"values": values, "images": images, "meta": meta}}))
-        return str(tmp_path / name)
+def setting(module, preset, images=claims.IMAGENET, **changed):
+    """A run's settings with what was changed, and the steps that its epochs make of so many images."""
+    settings = asdict(module.Settings()) | module.PRESETS[preset] | {"preset": preset, "seed": 5} | changed
+    settings |= {"data": "/data/imagenet", "fingerprint": preset}
+    return settings, round(settings["epochs"] * images / settings["batch_size"])
 
-    names = [run("same", "imagenet256", "table2"),
-             run("large", "table2-f16d64-mae", "table2", model="XL/1"),
-             run("guided", "table2-f16d32-none", "table3-64ep-cfg", guidance=10.0),
-             run("changed", "table2-f16d32-none", "table2", change={"vf": "sam"}),
-             run("overridden", "imagenet256", "table2", change={"vf": "sam"}),
-             run("protocol", "imagenet256", "table2", other={"posterior": "mode"}),
-             run("small", "imagenet256", "table2", features="mini"),
-             run("system", "vavae-long-3", "table3-800ep-cfg", images=50_000, guidance=6.7, model="XL/1")]
-    text = claims.paper_table([*names, str(tmp_path / "no scores here")])
-    rows = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("|")}
-    assert "| f16d32 | dinov2 | 0.3 (0.28) | 28 (27.96) | - (0.096) | 0.8 (0.79) |" in rows["same"]
-    assert "| B/1 | 1.0 | 16.1 (15.82) |" in rows["same"]
-    assert "0.3 (0.15)" in rows["large"] and "16.1 (11.69)" in rows["large"]
-    assert "0.3 (0.26)" in rows["guided"] and "16.1 |" in rows["guided"]
-    for name in ("changed", "overridden", "protocol", "small (mini-)"):
-        assert "(0." not in rows[name] and "16.1 |" in rows[name], name
-    assert "| XL/1 | 6.7 | 16.1 (1.35) | 5 (4.15) | 100 (295.3) | 0.7 (0.79) | 0.6 (0.65) |" in rows["system"]
+
+def paper_beside(folder, vae, dit, sampling, features="inception", images=None, reference=REFERENCE,
+                 protocol=(), released=False, dit_file=True, step=None, model=None, tokenizer=None,
+                 **changed):
+    """The numbers in brackets of one run. vae: setting(train_vae, ...); dit: setting(train_dit, ...);
+    sampling: a preset of sample.py, with `changed` settings."""
+    folder.mkdir()
+    settings, vae_step = vae
+    settings = {"spec": "f8d4"} if released else settings | {"step": vae_step}
+    settings |= {"fingerprint": vae[0]["preset"]}
+    if dit_file:
+        torch.save({"settings": dit[0]}, folder / "dit.pt")
+    made = asdict(sample.Settings()) | sample.PRESETS[sampling] | {"preset": sampling} | changed
+    meta = made | {"tokenizer_fingerprint": tokenizer or vae[0]["preset"],
+                   "dit_step": dit[1] if step is None else step,
+                   "model": model or f"{dit[0]['size']}/{dit[0]['patch_size']}"}
+    values = {"rFID": 0.3, "PSNR": 28.0, "LPIPS": None, "SSIM": 0.8}
+    quality = {"FID": 16.1, "sFID": 5.0, "IS": 100.0, "precision": 0.7, "recall": 0.6}
+    (folder / "scores.json").write_text(json.dumps({
+        "run": folder.name, "features": features, "network": "",
+        "tokenizer": claims.PROTOCOL | {"values": values, "settings": settings} | dict(protocol),
+        "samples": {"values": quality, "images": images or made["num"], "against": reference, "meta": meta}}))
+    line = claims.paper_table([folder]).splitlines()[2]
+    return re.findall(r"\(([\d.]+)\)", line)
+
+
+VAE, LONG = setting(train_vae, "imagenet256"), setting(train_vae, "vavae-long-3", init="runs/2/vae.pt")
+B, XL = setting(train_dit, "lightningdit-b"), setting(train_dit, "lightningdit-xl-64ep")
+TABLE_2 = ["0.28", "27.96", "0.096", "0.79"]
+
+
+@pytest.mark.parametrize("vae, dit, sampling, changed, numbers", [
+    (VAE, B, "table2", {}, [*TABLE_2, "15.82"]),
+    (setting(train_vae, "table2-f16d64-mae"), setting(train_dit, "lightningdit-xl"), "table2", {},
+     ["0.15", "31.03", "0.054", "0.87", "11.69"]),
+    (setting(train_vae, "imagenet256", vf_input="authors"), B, "table2", {}, [*TABLE_2, "15.82"]),
+    (LONG, XL, "table3-64ep", {}, ["0.28", "5.14", "4.22", "130.2", "0.76", "0.62"]),
+    (LONG, setting(train_dit, "lightningdit-xl-800ep"), "table3-800ep-cfg", {},
+     ["0.28", "1.35", "4.15", "295.3", "0.79", "0.65"]),
+    (LONG, setting(train_dit, "table1-9"), "table1", {}, ["0.28", "4.29"]),
+    (VAE, setting(train_dit, "table1-6"), "table1", {"released": True}, ["10.1"]),
+    (VAE, XL, "official-800ep", {"released": True, "dit_file": False, "step": 0},
+     ["1.35", "4.15", "295.3", "0.79", "0.65"])])
+def test_the_papers_number_is_beside_the_papers_setting(vae, dit, sampling, changed, numbers, tmp_path):
+    assert paper_beside(tmp_path / "run", vae, dit, sampling, **changed) == numbers
+
+
+@pytest.mark.parametrize("vae, dit, sampling, changed, numbers", [
+    # a tokenizer that is not the paper's: so the FID on it is not either
+    (setting(train_vae, "imagenet256", vf="none"), B, "table2", {}, []),
+    (setting(train_vae, "imagenet256", images=120), B, "table2", {}, []),
+    (setting(train_vae, "imagenet256", epochs=10.0), B, "table2", {}, []),
+    (setting(train_vae, "vavae-long-3"), XL, "table3-64ep", {}, []),
+    # a tokenizer that is the paper's, scored otherwise
+    (VAE, B, "table2", {"protocol": {"posterior": "mode"}}, ["15.82"]),
+    (VAE, B, "table2", {"protocol": {"images": 120}}, ["15.82"]),
+    # Table 3's is the long recipe's
+    (VAE, XL, "table3-64ep", {}, TABLE_2),
+    # LightningDiT: too few steps, other tricks, unknown training, another size
+    (VAE, B, "table2", {"step": 10}, TABLE_2),
+    (VAE, B, "table2", {"model": "L/1"}, TABLE_2),
+    (VAE, setting(train_dit, "lightningdit-b", images=120), "table2", {}, TABLE_2),
+    (VAE, setting(train_dit, "lightningdit-b", lognorm=False), "table2", {}, TABLE_2),
+    (VAE, B, "table2", {"dit_file": False}, TABLE_2),
+    (VAE, setting(train_dit, "lightningdit-1.0b"), "table2", {}, TABLE_2),
+    (LONG, XL, "table3-800ep", {}, ["0.28"]),
+    (VAE, B, "table2", {"tokenizer": "another"}, TABLE_2),
+    # samples: others, too few, with guidance; another reference; mini features
+    (VAE, B, "table1", {}, TABLE_2),
+    (VAE, B, "table2", {"images": 5000}, TABLE_2),
+    (VAE, B, "table2", {"cfg_scale": 2.0}, TABLE_2),
+    (VAE, B, "table2", {"reference": "flowers train 256x256 (120 images)"}, TABLE_2),
+    (VAE, B, "table2", {"features": "mini"}, []),
+    # Table 1 is on the released SD-VAE
+    (setting(train_vae, "table1-sdvae"), setting(train_dit, "table1-6"), "table1", {}, [])])
+def test_the_papers_number_is_beside_no_other_setting(vae, dit, sampling, changed, numbers, tmp_path):
+    assert paper_beside(tmp_path / "run", vae, dit, sampling, **changed) == numbers
+
+
+def test_table_needs_scores(tmp_path):
     with pytest.raises(SystemExit, match="no scores.json"):
-        claims.paper_table([str(tmp_path / "nothing")])
+        claims.paper_table([tmp_path])

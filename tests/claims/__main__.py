@@ -1,0 +1,3 @@
+from claims import main
+
+main()
