@@ -931,10 +931,10 @@ def test_mistakes_end_in_one_line_and_everything_else_in_a_traceback(monkeypatch
     with pytest.raises(UserError) as stopped:
         stop.leave("stopped after step 3")
     run(None)
+    way_out = "the same command without --fresh resumes"
     for error, status, line in ((UserError("no file x"), 1, "script.py: error: no file x\n"),
                                 (KeyboardInterrupt(), 130, "script.py: interrupted\n"),
-                                (stopped.value, 143, "script.py: stopped after step 3; the same "
-                                 "command without --fresh resumes\n")):
+                                (stopped.value, 143, f"script.py: stopped after step 3; {way_out}\n")):
         with pytest.raises(SystemExit) as end:
             run(error)
         assert end.value.code == status and capsys.readouterr().err == line
