@@ -527,7 +527,8 @@ def parse_settings(cls, presets, doc, argv=None):
         name, value = setting.name, getattr(settings, setting.name)
         if type(setting.default) in (int, float):
             possible = 0 <= value < math.inf and (value or name not in POSITIVE)
-            require(possible and (value <= 1 or name not in FRACTIONS), f"{flag(name)} {value} makes no sense")
+            possible = possible and (value <= 1 or name not in FRACTIONS)
+            require(possible, f"{flag(name)} {value} makes no sense")
     settings.out = settings.out or f"runs/{settings.preset}"
     return settings
 
@@ -814,8 +815,8 @@ class Log:
 
 class ChunkFiles:
     """Rows 0 to n - 1 of an array that several processes make, `size` rows per file: folder/NAME-00000.npy
-    and so on. Process r of R makes chunks r, r + R, ... A chunk is there whole or not at all, so a run that
-    was killed only makes what is missing. NAME.json says what they are made from: `about`."""
+    and so on. Process r of R makes files r, r + R, ... A file is there whole or not at all, so a run that was
+    killed only makes what is missing. NAME.json says what they are made from: `about`."""
     def __init__(self, folder, name, n, size, about, world):
         self.folder, self.name, self.world = Path(folder), name, world
         self.ranges = [range(start, min(start + size, n)) for start in range(0, n, size)]
@@ -837,7 +838,7 @@ class ChunkFiles:
         return self.folder / f"{self.name}-{k:05d}.npy"
 
     def missing(self):
-        """The chunks (k, range of rows) that this process still has to make."""
+        """The files (k, range of rows) that this process still has to make."""
         mine = range(self.world.rank, len(self.ranges), self.world.size)
         return [(k, self.ranges[k]) for k in mine if not self.path(k).exists()]
 
@@ -845,7 +846,7 @@ class ChunkFiles:
         atomic_write(self.path(k), lambda file: np.save(file, rows))
 
     def arrays(self):
-        """All chunks, memory-mapped."""
+        """The arrays of all files, memory-mapped."""
         return [np.load(self.path(k), mmap_mode="r") for k in range(len(self.ranges))]
 
 # --- Images ----------------------------------------------------------------------------------------
