@@ -82,22 +82,24 @@ def study(photos, tmp_path_factory):
     patch.setattr(claims, "SCORE_NET_STEPS", 2)
     options = {**OPTIONS, "data": str(photos)}
     for row in claims.FOUR:
-        claims.run_row(out, row, 0, options)
-    claims.score_curve(out, "wide-vf", 0)
+        claims.run_row(out, row, 5, options)
+    claims.score_curve(out, "wide-vf", 5)
     yield out, options
     patch.undo()
 
 
 def test_a_row_leaves_its_scores_and_is_not_made_twice(study, capsys):
     out, options = study
-    home = out / "wide-vf" / "seed0"
+    home = out / "wide-vf" / "seed5"
     scores = json.loads((home / "scores.json").read_text())
     assert scores["samples"]["images"] == 20 and scores["samples"]["meta"]["cfg_scale"] == 1
     assert scores["tokenizer"]["settings"]["vf"] == "mini"
+    dit = torch.load(home / "dit.pt", weights_only=True)["settings"]
+    assert {scores["tokenizer"]["settings"]["seed"], dit["seed"], scores["samples"]["meta"]["seed"]} == {5}
     assert json.loads((home / "row.json").read_text())["seconds"] > 0
     assert json.loads((home / "step2" / "scores.json").read_text())["samples"]["meta"]["dit_step"] == 2
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.json")}
-    claims.run_row(out, "wide-vf", 0, options)
+    claims.run_row(out, "wide-vf", 5, options)
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*.json")} == before
     assert "is finished" in capsys.readouterr().out
 
@@ -106,7 +108,7 @@ def test_a_finished_row_of_another_design_is_an_error(study, monkeypatch, capsys
     out, options = study
     monkeypatch.setattr(claims, "TOKENIZER", fewer(claims.TOKENIZER, lr=2e-3))
     with pytest.raises(SystemExit):
-        claims.run_row(out, "wide-vf", 0, options)
+        claims.run_row(out, "wide-vf", 5, options)
     assert "--lr 0.002" in capsys.readouterr().err
 
 
@@ -115,7 +117,7 @@ def test_all_rows_share_one_foundation_model_and_one_score_network(study):
     networks = [json.loads(path.read_text())["network"] for path in out.rglob("scores.json")]
     assert len(networks) == 5 and len(set(networks)) == 1
     assert [path.parent.name for path in out.rglob("score_net-*.pt")] == ["score_net"]
-    one, other = (torch.load(out / row / "seed0" / "vae.pt", weights_only=True)["teacher"]
+    one, other = (torch.load(out / row / "seed5" / "vae.pt", weights_only=True)["teacher"]
                   for row in ("narrow-vf", "wide-vf"))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
@@ -188,14 +190,14 @@ def test_each_flag_runs_its_rows(flags, rows, monkeypatch, tmp_path):
 # --- the picture and the report -------------------------------------------------------------------------
 def test_the_picture_shows_samples_and_reconstructions_of_four_rows(study, tmp_path):
     out, _ = study
-    claims.picture(out, 0, tmp_path / "claims.png")
+    claims.picture(out, 5, tmp_path / "claims.png")
     with Image.open(tmp_path / "claims.png") as file:
         pixels = np.asarray(file).astype(int)
     # the first sample of each row, enlarged, is somewhere in its quarter of the picture
     half = np.array(pixels.shape[:2]) // 2
     for row, (i, j) in zip(claims.FOUR, ((0, 0), (0, 1), (1, 0), (1, 1))):
         quarter = pixels[i * half[0]:(i + 1) * half[0], j * half[1]:(j + 1) * half[1]]
-        with np.load(out / row / "seed0" / "samples.npz") as batch:
+        with np.load(out / row / "seed5" / "samples.npz") as batch:
             first = np.asarray(Image.fromarray(batch["arr_0"][0]).resize((48, 48), Image.NEAREST)).astype(int)
         places = np.argwhere((quarter[:-47, :-47] == first[0, 0]).all(2))
         assert any((quarter[y:y + 48, x:x + 48] == first).all() for y, x in places), row
@@ -205,12 +207,12 @@ def test_report(study, capsys):
     out, _ = study
     claims.report(out)
     text = capsys.readouterr().out
-    none, vf = (claims.get(out, row, "mini-FID")[0] for row in ("wide-none", "wide-vf"))
+    none, vf = (claims.get(out, row, "mini-FID")[5] for row in ("wide-none", "wide-vf"))
     line = next(line for line in text.splitlines() if line.startswith("| wide-vf |"))
     assert f"| {vf:.3g} |" in line and f"| {100 * (vf / none - 1):+.0f} % |" in line
-    curve = claims.curve(out, "wide-vf", 0)
+    curve = claims.curve(out, "wide-vf", 5)
     assert [step for step, _ in curve] == [2, 4] and curve[1][1] == vf
-    assert f"| wide-vf | 0 | {curve[0][1]:.3f}, {curve[1][1]:.3f} |" in text
+    assert f"| wide-vf | 5 | {curve[0][1]:.3f}, {curve[1][1]:.3f} |" in text
     with pytest.raises(SystemExit, match="holds no runs"):
         claims.report(out / "nothing")
 

@@ -155,7 +155,9 @@ def run_rows(out, jobs, at_once, flags):
         for process in [process for process in running if process.poll() is not None]:
             log, began = running.pop(process)
             failed += [log] * (process.returncode != 0)
-            result = "FAILED, see log.txt" if process.returncode else "done"
+            result = "done"
+            if process.returncode:
+                result = "stopped" if stopped else "FAILED, see log.txt,"
             print(f"{log.parent}: {result} after {time.time() - began:.0f} s", flush=True)
         time.sleep(0.1)
     for number, handler in before.items():
