@@ -671,7 +671,10 @@ def loader(load, items, workers, stop=None):
     pool = ProcessPoolExecutor(workers, get_context("fork"), start_worker, (load,))
     try:
         while True:
+            # The processes start here and inherit that signals are blocked: a stop is up to their parent.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
             waiting.extend(pool.submit(load_item, item) for item in islice(items, 4 * workers - len(waiting)))
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
             if not waiting:
                 return
             future, seconds = waiting.popleft(), 0
@@ -687,9 +690,7 @@ def loader(load, items, workers, stop=None):
         pool.shutdown(wait=False, cancel_futures=True)
 
 def start_worker(load):
-    """A new loading process. Signals are its parent's business, but it must not outlive its parent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """A new loading process, which must not outlive its parent."""
     torch.set_num_threads(1)
     threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
     load_item.load = load

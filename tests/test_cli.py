@@ -759,11 +759,11 @@ MISTAKES = [
     (f"{NEW_VAE} --vf mini --data one", lambda root: photos(root / "one", ["ant"]), "only one --vf none"),
     (f"{FID} --data one --image-size 24 --vae run/vae.pt --out new",
      lambda root: photos(root / "one", ["ant"]), "only one --features inception"),
-    (NEW_VAE, write("photos/ant/00.png", b""), "photos/ant/00.png whole same"),
-    (NEW_VAE, write("photos/ant/00.png"), "photos/ant/00.png whole"),
+    (NEW_VAE, write("photos/ant/00.png", b""), "photos/ant/00.png intact same"),
+    (NEW_VAE, write("photos/ant/00.png"), "photos/ant/00.png intact"),
     (NEW_VAE, write("photos/ant/00.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\n(x) run\n"),
      "photos/ant/00.png"),
-    (f"{NEW_DIT} --latents new/latents", cut("photos/ant/00.png"), "photos/ant/00.png whole"),
+    (f"{NEW_DIT} --latents new/latents", cut("photos/ant/00.png"), "photos/ant/00.png intact"),
     (NEW_VAE, picture("photos/ant/00.tiff", mode="I"), "photos/ant/00.tiff 32 8"),
     (NEW_VAE, picture("photos/ant/00.png", (14000, 14000), "1"), "photos/ant/00.png pixels"),
     # --- resuming with something else
@@ -868,7 +868,7 @@ def test_a_cut_picture_is_replaced_under_its_name_and_the_run_resumes_exactly(he
     run(f"{VAE} --out other --vf none --save-every 1", here)
     path.write_bytes(whole[:200])
     end = run(f"{command} --vf none --save-every 1", here, status=1)
-    assert "photos/cat/07.png" in end.lines[0] and "under the same name" in end.lines[0]
+    assert "photos/cat/07.png" in end.lines[0] and "of the same name" in end.lines[0]
     path.write_bytes(whole)
     run(f"{command} --vf none --save-every 1", here)
     assert_same(here / "new/vae.pt", here / "other/vae.pt")

@@ -116,8 +116,9 @@ def test_compiled_blocks_have_the_same_losses_and_gradients(world, settings):
     same(found, terms)
     for a, b in zip(run.params, fast.params, strict=True):
         assert (a.grad - b.grad).norm() <= 0.01 * a.grad.norm() + 1e-6
-    # one graph serves all blocks and all steps (checkpointing may compile for its second pass)
-    assert counters["stats"]["unique_graphs"] <= 1 + len(settings) and not counters["graph_break"]
+    # one graph serves all blocks and all steps, one the final layer (checkpointing may compile for its second
+    # pass)
+    assert counters["stats"]["unique_graphs"] <= 2 + len(settings) and not counters["graph_break"]
 
 def test_a_resumed_run_has_the_same_losses(world):
     half, _ = dit_steps(world, 2)
@@ -156,7 +157,8 @@ def test_equation_4_goes_through_compiled_norms(world):
     same(found, terms)
     graphs = counters["stats"]["unique_graphs"]
     # one per width and one more; beyond the limit dynamo would silently run the rest uncompiled
-    assert 1 < graphs <= 6 < torch._dynamo.config.recompile_limit and not counters["graph_break"]
+    limit = getattr(torch._dynamo.config, "recompile_limit", 8)  # torch 2.6 has another name for it
+    assert 1 < graphs <= 6 < limit and not counters["graph_break"]
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # as for reconstructions.png
         run.tokenizer.vae.eval().encode(torch.zeros(1, 3, 64, 64, device=world.device))
     assert counters["stats"]["unique_graphs"] == graphs
