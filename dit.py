@@ -4,7 +4,8 @@ Paper: arXiv 2501.01423, Sec. 4: the architecture rows of Table 1. Its other row
 
 Read it top to bottom: SIZES; the parts in the order in which Table 1 adds them (SwiGLU FFN, RMS Norm,
 Rotary Pos Embed); the block; the embeddings and the final layer; LightningDiT, whose forward() is a ladder
-of shapes. Every trick is a switch: without use_swiglu, use_rmsnorm and use_rope, DiT remains.
+of shapes. Every trick is a switch. Without use_swiglu, use_rmsnorm and use_rope it is DiT, except that it
+does not learn the variance.
 
 Shapes: B images, C channels and side S of a latent, patch size p, N = (S/p)^2 tokens, width D. The names
 and shapes of the weights are the authors', so that their released checkpoints load strictly.

@@ -1,8 +1,8 @@
 """Every measure in the paper's tables: FID, sFID, IS, precision, recall, PSNR, LPIPS, SSIM, uniformity.
 
 Paper: arXiv 2501.01423, Tables 1 to 6 and A1 to A3, which do not define the measures. Samples are measured as
-in ADM (openai/guided-diffusion, evaluations/), whose numbers papers report, and tokenizers as in the authors'
-code.
+in ADM (openai/guided-diffusion, evaluations/), by whose evaluator most papers' numbers are made, and
+tokenizers as in the authors' code.
 
 Read it top to bottom: distances between two sets of features, then between two images; uniformity; the
 Inception network behind every FID; score_tokenizer, which reconstructs test images and compares.
@@ -48,7 +48,8 @@ class Settings:
     reference: str = ""  # images to compare them with, a folder, .npz or run; default: training images
     data: str = ""  # data set whose test images are reconstructed; default: the tokenizer's
     image_size: int = 0  # side of its images in pixels; 0: the tokenizer's
-    # The more images, the lower the FID: 50,000 in Table 3 and of validation images, 10,000 in Table 2.
+    # An FID falls as the number of images grows. 50,000 is Table 3's number and that of ImageNet's validation
+    # images; Table 2 takes 10,000.
     num: int = 50_000  # score at most this many images of each kind, chosen at random
     # --- how. ADM's network ran in TensorFlow 1, whose resizing shifts every feature a little. The gFIDs of
     # the authors' ablations take pytorch-fid's input against ADM's statistics; both can be chosen.

@@ -35,13 +35,13 @@ class Settings:
     # decided closer to pure noise. FLUX counts time the other way round: 0.3 here is 1 / 0.3 = 3.3 there.
     timestep_shift: float = 0.3  # shift s of the time grid: below 1, more points near noise; 1: no shift
     # --- guidance. The authors' code guides 3 of the 32 channels, as DiT's code guides 3 of its 4. A comment
-    # in DiT's code says that this is for reproducibility, and DiT's author called it unintended. It is why
-    # the scale is as large as 10.0 or 6.7: a user of their code finds about 4 right if all channels are
-    # guided.
+    # in DiT's code says that this is for reproducibility, and DiT's author called it unintended. Guiding few
+    # channels has less effect, which would explain scales as large as 10.0 and 6.7: a user of their code
+    # finds about 4 right if all channels are guided.
     cfg_scale: float = 10.0  # guidance w in v_null + w (v_class - v_null); 1: none
     cfg_channels: int = 3  # guide the first k latent channels only; 0: all
-    # [19] guides only in the middle, since guidance near noise costs variety. The authors' code leaves it out
-    # near noise, too, but not near data.
+    # [19] guides only in the middle, since guidance near noise costs variety. The authors' code has a
+    # beginning and no end: v_class alone before this t, guidance from there to t = 1.
     cfg_interval_start: float = 0.10  # guidance acts from this t on
     # Guidance would multiply the rounding errors of bf16, so LightningDiT runs in fp32 here (authors' code).
     precision: str = opt("fp32", choices=("fp32", "bf16"))  # of LightningDiT; fp32 is TF32 on CUDA
@@ -63,7 +63,7 @@ class Settings:
     sweep: str = opt("", same=False)  # picture sweep.png: a row for each guidance scale, such as 1,2,4
     trajectory: str = opt("", same=False)  # picture trajectory.png: x_t decoded at times such as 0,0.5,1
 
-# For two CPU cores (our choice): 8x8 latents need neither a shift nor a large scale.
+# For two CPU cores (our choice): no shift, and guidance of all channels from t = 0 on with a small scale.
 MINI = {"num": 1000, "labels": "balanced", "batch_size": 100, "sampling_steps": 25, "timestep_shift": 1.0,
         "cfg_scale": 2.0, "cfg_interval_start": 0.0, "cfg_channels": 0}
 # [Sec. 4] "no sample optimization methods such as cfg interval and timestep shift are used"

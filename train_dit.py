@@ -91,7 +91,8 @@ class Settings:
     sample_every: int = opt(5000, same=False)  # steps between pictures progress.png of the EMA; 0: none
     fresh: bool = opt(False, same=False)  # start over instead of resuming; latents are kept
 
-# [Table 1] Each row is a trick and what it changes, and keeps the changes of the rows above. Rows 1 to 5 are
+# [Table 1] Each row is a trick and what it changes, and keeps the changes of the rows above. Row 9 changes
+# three settings at once: the tokenizer, how its latents are normalised, and the patch size. Rows 1 to 5 are
 # training, in this file; rows 6 to 8 are the network, in dit.py. f8 with patches of 2x2 and row 9's f16 with
 # patches of 1 both make 16x16 tokens, so they cost the same. The tables' 80 epochs are 400,000 steps of 256
 # images or 100,000 of 1024. The number beside a row is the paper's FID-50k without guidance.
@@ -207,7 +208,8 @@ def flow_matching_loss(model, x1, y, t, x0, drop=None, direction=True):
     t_ = t.view(-1, 1, 1, 1)  # (B, 1, 1, 1)
     # [Table 1, + Rectified Flow] x_t = t x1 + (1 - t) x0: a straight line from noise to data, ...
     x_t = t_ * x1 + (1 - t_) * x0
-    # ... on which the velocity v = dx_t / dt = x1 - x0 is constant, so that few steps can follow it
+    # ... on which the velocity v = dx_t / dt = x1 - x0 is constant. The model learns the mean of v over all
+    # pairs that pass through x_t, so its paths bend, but little: few steps can follow them.
     v = x1 - x0
     pred = model(x_t, t, y, drop).float()  # (B, C, H, W); the losses are fp32, under bf16, too
     # L_mse = mean (pred - v)^2

@@ -44,7 +44,8 @@ class Settings:
         # folder DIR/<class>/*.jpg; DIR/train and DIR/val split it, else every tenth image is a test image
     image_size: int = 256  # side of the square images in pixels
     crop: str = opt("random", choices=("random", "adm"))
-        # of training images: a new random square each time (authors' code), or adm, ADM's centre crop
+        # of training images: random, a new random place along the longer side each time (authors' code), or
+        # adm, ADM's centre crop
     flip: bool = False  # mirror each training image with probability 1/2 (our choice)
     # --- the network [Sec. 3]
     spec: str = opt("f16d32", choices=tuple(SPECS))  # downsampling rate f and latent dimension d
@@ -52,14 +53,14 @@ class Settings:
         # start from the weights in this file: the authors' VA-VAE, CompVis' kl-f8, one of diffusers, or a
         # vae.pt. W of Eq. 1 and the discriminator come from it, too, if it has them and they fit
     # --- LDM's loss. L_rec and the KL loss are sums over the 196,608 values of an image and the 8,192 values
-    # of its latent (f16d32) [Sec. 3.3], like the likelihood and the KL divergence of a VAE, whose bound would
-    # need the weight 1. LDM's 1e-6 leaves a slight pull towards N(0, I).
+    # of its latent (f16d32) [Sec. 3.3], like the likelihood and the KL divergence of a VAE. In the bound of a
+    # plain VAE the KL divergence has the weight 1; LDM's 1e-6 leaves only a slight pull towards N(0, I).
     kl_weight: float = 1e-6  # weight of the KL loss
     lpips_weight: float = 1.0  # weight of LPIPS, added to the L1 loss of each value; 0 needs no VGG weights
     disc_weight: float = 0.5  # weight of the adversarial loss, times its adaptive weight; 0: no discriminator
     # The authors' `disc_start: 5001` counts the steps of both optimizers, two per batch: batch 2501 is the
-    # first whose generator loss has 2 * batch >= 5001. Until then, reconstructions are so poor that a
-    # discriminator would tell them from images too easily.
+    # first whose generator loss has 2 * batch >= 5001. (Their discriminator itself trains from batch 2500
+    # on.)
     disc_start: int = 2501  # training batch, counted from 0, at which the discriminator begins
     # --- VF loss [Sec. 3.1-3.3]; "Empirically, we set m1 = 0.5, m2 = 0.25, and w_hyper = 0.1" [Sec. 5.1]
     vf: str = opt("dinov2", choices=("none", "mini", "dinov2", "dinov2-s", "dinov2-b", "dinov2-l", "dinov2-g",
@@ -498,7 +499,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):  # argparse would print all flags first
         raise UserError(f"{message}; see --help")
 
-# Settings for which 0, or a number above 1, makes no sense. All numbers are finite and not negative.
+# POSITIVE settings must not be 0, FRACTIONS not above 1. All numbers are finite and not negative.
 POSITIVE = {"batch_size", "lr", "epochs", "chunks", "accumulate", "patch_size", "num", "log_every",
             "save_every"}
 FRACTIONS = {"ema", "beta2", "class_dropout", "cfg_interval_start"}

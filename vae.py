@@ -2,8 +2,8 @@
 
 Paper: arXiv 2501.01423, Sec. 3 and Fig. 3. "We utilize the VQGAN network structure, omitting
 quantization and applying KL loss to regulate the continuous latent space" [Sec. 5.1]: this is LDM's
-autoencoder. VF loss works "without altering the model architecture" [Sec. 3]: here it only explains why
-conv_out is kept apart from the rest of the encoder.
+autoencoder. VF loss works "without altering the model architecture" [Sec. 3]. Its only trace in this
+file is that the encoder's last layer, conv_out, stands apart from the rest.
 
 Read it top to bottom:
     SPECS               the paper's tokenizers by name: f = downsampling rate, d = latent dimension
@@ -30,8 +30,8 @@ from torchvision.models import VGG16_Weights, vgg16
 
 # f sets how many tokens LightningDiT gets (f16: (256 / 16)^2 = 256), and d how much each of them can hold.
 # As d grows, reconstruction improves but generation gets harder: the dilemma of Fig. 1, which VF loss
-# addresses. ch_mult has one entry per resolution level, so f = 2^(levels - 1). A level has attention if its
-# feature map is as wide as one of attn_resolutions, for an image of side `resolution`.
+# addresses. ch_mult has one entry per resolution level, so f = 2^(levels - 1). A level has attention if the
+# side of its feature map, for an image of side `resolution`, is listed in attn_resolutions.
 F16 = {"ch": 128, "ch_mult": (1, 1, 2, 2, 4), "num_res_blocks": 2, "attn_resolutions": (16,),
        "resolution": 256}
 SPECS = {f"f16d{d}": F16 | {"embed_dim": d} for d in (16, 24, 28, 32, 64, 128)}  # LDM's kl-f16
@@ -106,8 +106,9 @@ class Posterior:
 
 class Encoder(nn.Module):
     """x (B, 3, H, W) -> moments (B, 2d, H/f, W/f).
-    `features` is everything before the last convolution, `conv_out`. They are kept apart because Eq. 4 takes
-    a gradient at the weight of conv_out, and a chunk of train_vae.py would be computed again for that."""
+    `features` is everything before the last convolution, `conv_out`. They are apart because Eq. 4 takes a
+    gradient at the weight of conv_out. Only `features` is cut by --chunks, so that this gradient does not
+    compute the encoder again."""
     def __init__(self, embed_dim, ch, ch_mult, num_res_blocks, attn_resolutions, resolution):
         super().__init__()
         widths = [ch] + [ch * m for m in ch_mult]
@@ -369,8 +370,8 @@ def load_checkpoint(path, stage, hint=""):
 
         vae.pt and dit.pt  stage, step and total_steps, settings, model (weights), optimizer, classes (names),
                           identity (hash of the list of training images), image_size, data
-        vae.pt only       spec (entry of SPECS), linear_proj (W of Eq. 1), teacher (of --vf mini),
-                          discriminator, optimizer_disc; the last four only if the run has them
+        vae.pt only       spec (entry of SPECS) and, if the run has them, linear_proj (W of Eq. 1), teacher
+                          (of --vf mini), discriminator, optimizer_disc
         dit.pt only       ema (weights), arch (arguments of LightningDiT), objective, latents (mean and std of
                           each channel, shape), tokenizer (fingerprint, path), bins (loss by time)
     """

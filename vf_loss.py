@@ -9,7 +9,7 @@ Read it top to bottom:
     adaptive_weight                 Eq. 4   the ratio of two gradient norms at the encoder's last layer
     FoundationModel                         the frozen features F, then how each model is loaded
 Eq. 1, Z' = W Z, is a 1x1 convolution without bias, `linear_proj` in train_vae.py: it is trained with the
-tokenizer and thrown away with the loss. Eq. 5 is in train_step of train_vae.py.
+tokenizer, and after training nothing uses it. Eq. 5 is in train_step of train_vae.py.
 """
 import os
 from itertools import pairwise
@@ -58,8 +58,9 @@ def vf_losses(z_proj, f, cos_margin, mdms_margin, use_mcos=True, use_mdms=True):
 
 def adaptive_weight(rec_loss, other_loss, weight, max_weight=1e8):
     """Two scalar losses whose graph reaches the parameter `weight` -> w_adaptive, a scalar without gradient.
-    Multiplied by it, the other loss pulls on `weight` as hard as L_rec does, "ensuring that L_vf and L_rec
-    have similar impacts on model optimization" [Sec. 3.3]. train_step uses it twice:
+    Multiplied by it, the other loss has a gradient at `weight` as long as that of L_rec, "ensuring that L_vf
+    and L_rec have similar impacts on model optimization" [Sec. 3.3]; w_hyper then scales it. train_step uses
+    it twice:
       VF loss      at encoder.conv_out, "the last convolutional layer of the encoder": every gradient that
                    reaches the encoder passes through it. (The 1x1 quant_conv after it belongs to the
                    bottleneck. The authors' code takes conv_out, too.)
@@ -77,9 +78,11 @@ def adaptive_weight(rec_loss, other_loss, weight, max_weight=1e8):
         dist.all_reduce(grads)
         grads /= dist.get_world_size()
     rec_norm, other_norm = grads.flatten(1).norm(dim=1)
-    # [Eq. 4] w_adaptive = |grad L_rec| / |grad L_vf|. The 1e-4, which is VQGAN's, guards against a vanishing
-    # |grad L_vf|, as when all pairs lie within their margins: x / 0 is infinite, and 0 / 0 is NaN, which no
-    # clamp removes. The clamp is at 1e4 for the adversary (VQGAN) and at 1e8 for VF loss (authors' code).
+    # [Eq. 4] w_adaptive = |grad L_rec| / |grad L_vf|. The 1e-4 is VQGAN's. It limits the ratio where |grad
+    # L_vf| is tiny, because few pairs are outside their margins. If all pairs are inside, the plain ratio
+    # would be infinite, which the clamp makes finite, and the loss that it multiplies is 0. Only 0 / 0, with
+    # no gradient of L_rec either, would stay NaN. The clamp is at 1e4 for the adversary (VQGAN) and at 1e8
+    # for VF loss (authors' code).
     return (rec_norm / (other_norm + 1e-4)).clamp(0.0, max_weight).detach()
 
 class FoundationModel(nn.Module):
@@ -116,10 +119,12 @@ TIMM_MODELS = {"mae": "vit_large_patch16_224.mae", "sam": "samvit_large_patch16.
 
 def load_foundation_model(name, grid=(16, 16), vf_input="model", teacher=None):
     """Name -> FoundationModel: dinov2 (ViT-L/14), dinov2-s, -b, -l, -g, mae, clip, sam, or mini.
-    To add a model, build its FoundationModel here and add its name to the choices of --vf in train_vae.py.
+    To add a model: a ViT of timm needs a line in TIMM_MODELS, any other a branch here that builds its
+    FoundationModel; both need their name among the choices of --vf in train_vae.py.
     grid: the latent's (h, w). teacher: the trained Classifier behind the name mini. vf_input "authors"
     repeats their code: images in [-1, 1] without the model's own mean and std (a small bug, say their
-    issues), fp32, and for dinov2 timm's port, which resizes the position table with antialiasing."""
+    issues), fp32, and for the name dinov2 (not dinov2-s, -b, -l, -g) timm's port, which resizes the position
+    table with antialiasing."""
     if name == "mini":
         return FoundationModel(teacher, lambda net, x: net.features(x), teacher.width, 0, HALF, HALF)
     family, _, size = name.partition("-")
