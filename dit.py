@@ -2,11 +2,11 @@
 
 Paper: arXiv 2501.01423, Sec. 4: the architecture rows of Table 1. Its other rows are in train_dit.py.
 
-How to read it: SIZES; the parts in the order in which Table 1 adds them (SwiGLU FFN, RMS Norm, Rotary
-Pos Embed); the block; both ends; LightningDiT, whose forward() is a ladder of shapes. Every trick is a
-switch: with use_swiglu, use_rmsnorm and use_rope off, what is left is DiT of Peebles & Xie.
+Read it top to bottom: SIZES; the parts in the order in which Table 1 adds them (SwiGLU FFN, RMS Norm,
+Rotary Pos Embed); the block; the embeddings and the final layer; LightningDiT, whose forward() is a ladder
+of shapes. Every trick is a switch: without use_swiglu, use_rmsnorm and use_rope, DiT remains.
 
-Shapes: B images, C channels and side S of a latent, p patch size, N = (S/p)^2 tokens, D width. Names
+Shapes: B images, C channels and side S of a latent, patch size p, N = (S/p)^2 tokens, width D. The names
 and shapes of the weights are the authors', so that their released checkpoints load strictly.
 """
 import math
@@ -17,62 +17,63 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from vae import reading, torch_load
+from vae import torch_load
 
-# XL, L, B are DiT's: "our model's other architectural parameters are consistent with those of DiT" [Sec.
-# 5.1]. 1.0B and 1.6B [Fig. 4c]: the authors' code. The mini ones are ours, for two CPU cores.
+# B, L and XL are DiT's: "our model's other architectural parameters are consistent with those of DiT"
+# [Sec. 5.1]. 1.0B and 1.6B [Fig. 4c] are those of the authors' code. The mini sizes are for two CPU cores
+# (our choice).
 SIZES = {name: {"depth": depth, "hidden_size": width, "num_heads": heads} for name, (depth, width, heads) in {
     "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16),
     "1.0B": (24, 1536, 24), "1.6B": (28, 1792, 28),
     "mini-XS": (3, 64, 2), "mini-S": (4, 128, 4), "mini": (6, 192, 6), "mini-L": (8, 320, 10)}.items()}
 
 class SwiGLU(nn.Module):
-    """(B, N, D) -> (B, N, D) [Table 1, + SwiGLU FFN]. w1 and w2 are one matrix, w12."""
+    """(B, N, D) -> (B, N, D) [Table 1, + SwiGLU FFN]. The matrix w12 holds both w1 and w2."""
     def __init__(self, width, hidden):
         super().__init__()
         self.w12, self.w3 = nn.Linear(width, 2 * hidden), nn.Linear(hidden, width)
 
     def forward(self, x):
         x1, x2 = self.w12(x).chunk(2, dim=-1)  # 2 x (B, N, hidden)
-        # w3(silu(w1 x) * w2 x): one half of the channels opens and closes the other
+        # w3(silu(w1 x) * w2 x): one half of the channels gates the other
         return self.w3(F.silu(x1) * x2)  # (B, N, D)
 
 def mlp(width, hidden):
-    """(B, N, D) -> (B, N, D): DiT's feed-forward network, GELU in its tanh form."""
+    """(B, N, D) -> (B, N, D): DiT's feed-forward network, with the tanh approximation of GELU."""
     fc1, fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
     return nn.Sequential(OrderedDict(fc1=fc1, gelu=nn.GELU(approximate="tanh"), fc2=fc2))
 
 class RMSNorm(nn.Module):
-    """(..., width) -> (..., width) [Table 1, + RMS Norm]: unlike LayerNorm it takes no mean away."""
+    """(..., width) -> (..., width) [Table 1, + RMS Norm]. Unlike LayerNorm, it does not subtract the mean."""
     def __init__(self, width, eps=1e-6):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
     def forward(self, x):
-        # x / sqrt(mean(x^2) + eps) * weight, in fp32 whatever the autocast: squares overflow early
+        # x / sqrt(mean(x^2) + eps) * weight, in fp32 even under autocast: bf16 would round the mean too much
         h = x.float()
         return (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)).type_as(x) * self.weight
 
 class RotaryEmbedding(nn.Module):
-    """q or k (B, heads, N, head_dim) -> the same shape, turned [Table 1, + Rotary Pos Embed].
-    2-D RoPE: half of a head's channels turn with the token's row, half with its column. The product of a
-    turned q and a turned k then depends on how far their tokens are apart, not on where they are."""
+    """q or k (B, heads, N, head_dim) -> the same shape, rotated [Table 1, + Rotary Pos Embed].
+    In 2-D RoPE, half of a head's channels rotate with the row of the token and half with its column. The dot
+    product of a rotated q and a rotated k then depends on how far apart their tokens are, not on where."""
     def __init__(self, head_dim, side):
         super().__init__()
-        # omega_i = 10000^(-i / (head_dim / 4)), RoPE's own base
+        # omega_i = 10000^(-i / (head_dim / 4)); the base is RoPE's
         omega = 10000.0 ** (-torch.arange(0, head_dim // 2, 2).float() / (head_dim // 2))  # (head_dim/4,)
         angle = torch.arange(side).float()[:, None] * omega  # (side, head_dim/4)
-        angle = angle.repeat_interleave(2, dim=1)  # (side, head_dim/2): one angle for a pair
+        angle = angle.repeat_interleave(2, dim=1)  # (side, head_dim/2), one angle per pair
         row, column = angle[:, None, :].expand(side, side, -1), angle[None, :, :].expand(side, side, -1)
         angle = torch.cat([row, column], dim=2).reshape(side * side, head_dim)  # (N, head_dim)
         self.register_buffer("freqs_cos", angle.cos())
         self.register_buffer("freqs_sin", angle.sin())
 
     def forward(self, x):
-        # a pair of neighbours (x1, x2) turns by its angle a: (x1 cos a - x2 sin a, x2 cos a + x1 sin a)
+        # a pair of channels (x1, x2) rotates by its angle a: (x1 cos a - x2 sin a, x2 cos a + x1 sin a)
         x1, x2 = x.unflatten(-1, (-1, 2)).unbind(-1)  # 2 x (B, heads, N, head_dim/2)
-        turned = torch.stack([-x2, x1], dim=-1).flatten(-2)  # (B, heads, N, head_dim)
-        return x * self.freqs_cos + turned * self.freqs_sin
+        quarter_turn = torch.stack([-x2, x1], dim=-1).flatten(-2)  # (B, heads, N, head_dim)
+        return x * self.freqs_cos + quarter_turn * self.freqs_sin
 
 class Attention(nn.Module):
     """(B, N, D) -> (B, N, D): self-attention over all tokens of a latent."""
@@ -80,15 +81,16 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads, head_norm = num_heads, RMSNorm if use_rmsnorm else nn.LayerNorm
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        # QK-norm bounds the logits. Off in the paper; the authors' issue tracker names it as the way out when
-        # bf16 training meets NaN late (after some 200,000 steps).
+        # QK-norm bounds the logits. The paper does not use it; the authors' issues recommend it against the
+        # NaN that bf16 training can meet late, after some 200,000 steps.
         self.q_norm = head_norm(width // num_heads) if use_qknorm else nn.Identity()
         self.k_norm = head_norm(width // num_heads) if use_qknorm else nn.Identity()
 
     def forward(self, x, rope):
         B, N, D = x.shape
         qkv = self.qkv(x).view(B, N, 3, self.num_heads, D // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # 3 x (B, heads, N, D/heads)
+        # unbind before transpose: so the gradient of qkv is written once, in the layout that qkv has
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # 3 x (B, heads, N, D/heads)
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rope(q), rope(k)
@@ -97,40 +99,36 @@ class Attention(nn.Module):
         return self.proj(h.transpose(1, 2).reshape(B, N, D))  # (B, N, D)
 
 def modulate(x, shift, scale):
-    """adaLN: x (B, N, D) times 1 + scale (B, D), plus shift (B, D); shift None: none (wo_shift)."""
-    x = x * (1 + scale.unsqueeze(1))
-    return x if shift is None else x + shift.unsqueeze(1)
+    """adaLN: x (B, N, D) times 1 + scale (B, D), plus shift (B, D)."""
+    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 def layer_norm(width, use_rmsnorm):
-    """The norm before a branch. DiT's has no weights of its own, since adaLN scales and shifts next."""
+    """The norm before a branch. DiT's has no weights of its own, since adaLN scales and shifts after it."""
     return RMSNorm(width) if use_rmsnorm else nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
 
 class Block(nn.Module):
     """Tokens x (B, N, D), condition c (B, D) -> (B, N, D): DiT's block with adaLN-Zero.
-    c (time and class) makes the scale and shift of each norm and the gate of each branch. The gates start at
-    0, so a fresh block is the identity: DiT found this the best of four ways to bring c in."""
-    def __init__(self, width, num_heads, mlp_ratio, use_qknorm, use_swiglu, use_rmsnorm, wo_shift):
+    The condition (time and class) sets the scale and shift after each norm and the gate of each branch. The
+    gates start at 0, so that a fresh block is the identity; DiT compared four ways to condition and found
+    this one the best."""
+    def __init__(self, width, num_heads, mlp_ratio, use_qknorm, use_swiglu, use_rmsnorm):
         super().__init__()
         self.norm1, self.norm2 = layer_norm(width, use_rmsnorm), layer_norm(width, use_rmsnorm)
         self.attn = Attention(width, num_heads, use_qknorm, use_rmsnorm)
-        # 2/3: SwiGLU has three matrices where the MLP has two, so the number of weights stays
+        # SwiGLU has three matrices where the MLP has two: 2/3 of the width keeps the number of weights
         hidden = int(width * mlp_ratio)
         self.mlp = SwiGLU(width, int(2 / 3 * hidden)) if use_swiglu else mlp(width, hidden)
-        self.parts = 4 if wo_shift else 6
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, self.parts * width))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x, c, rope):
-        chunks = self.adaLN_modulation(c).chunk(self.parts, dim=1)  # each (B, D)
-        if self.parts == 4:
-            (scale1, gate1, scale2, gate2), shift1, shift2 = chunks, None, None
-        else:
-            shift1, scale1, gate1, shift2, scale2, gate2 = chunks
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)  # 6 x (B, D)
         x = x + gate1.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift1, scale1), rope)
         return x + gate2.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
-# --- Both ends: latent, time and class come in, a velocity goes out ---
+# --- Embeddings of position, time and class, and the final layer ---
 def sincos_pos_embed(dim, side):
-    """DiT's fixed 2-D positions (1, N, dim): half the channels for the column, half for the row."""
+    """DiT's fixed 2-D position embedding (1, N, dim): half of the channels for the column, half for the
+    row."""
     omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))  # (dim/4,)
     angle = torch.arange(side, dtype=torch.float64)[:, None] * omega  # (side, dim/4)
     line = torch.cat([angle.sin(), angle.cos()], dim=1)  # (side, dim/2)
@@ -139,25 +137,25 @@ def sincos_pos_embed(dim, side):
 
 class TimestepEmbedder(nn.Module):
     """t (B,) -> (B, D): DiT's 256 sinusoids of t, then a two-layer MLP.
-    t comes as it is. DDPM counts it from 0 to 999; rectified flow from 0 to 1, and the authors' code does not
-    multiply by 1000 (the paper gives no reason), so that no wave completes a turn."""
+    The time is not scaled: it runs from 0 to 999 in DDPM and from 0 to 1 in rectified flow, where no sinusoid
+    completes a period (authors' code)."""
     def __init__(self, width, frequencies=256):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
         self.half = frequencies // 2
 
     def forward(self, t):
-        # omega_i = 10000^(-i / 128), the Transformer's base
+        # omega_i = 10000^(-i / 128); the base is the Transformer's
         i = torch.arange(self.half, dtype=torch.float32, device=t.device)  # (128,)
         angle = t.float()[:, None] * torch.exp(-math.log(10000.0) * i / self.half)  # (B, 128)
         waves = torch.cat([angle.cos(), angle.sin()], dim=1)  # (B, 256)
-        # autocast does not reach a model that is bf16 itself, hence the cast
+        # the cast is for models that are bf16 themselves, which autocast does not help
         return self.mlp(waves.to(self.mlp[0].weight.dtype))  # (B, D)
 
 class LabelEmbedder(nn.Module):
-    """y (B,) int64 in [0, num_classes] -> (B, D). y = num_classes is the null class of guidance.
-    The null class is the table's last row, there only if labels are dropped at all (dropout_prob > 0). drop
-    (B,) bool: labels that become it. None: drawn with dropout_prob in training, none otherwise."""
+    """Class y (B,) int64 in [0, num_classes] -> (B, D). num_classes itself is the null class of guidance, the
+    last row of the table, which exists only if labels are dropped (dropout_prob > 0). drop (B,) bool: labels
+    to replace by the null class. None: draw them with dropout_prob in training, drop none otherwise."""
     def __init__(self, num_classes, width, dropout_prob):
         super().__init__()
         self.embedding_table = nn.Embedding(num_classes + (dropout_prob > 0), width)
@@ -181,43 +179,44 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 class LightningDiT(nn.Module):
-    """LightningDiT [Sec. 4]. The defaults are XL/1 on f16d32 latents of 256x256 images, 675 M weights.
+    """LightningDiT [Sec. 4]. The defaults are XL/1 for f16d32 latents of 256x256 images, 675 M weights.
     input_size: side S of the latent. patch_size: p; "we set the patch size of DiT to 1" [Sec. 5.1].
-    in_channels: C. use_swiglu, use_rmsnorm, use_rope: Table 1, rows 6, 7, 8. use_qknorm, wo_shift (adaLN
-    without shifts): options of the authors' code, off in the paper. ValueError if sizes do not divide."""
+    in_channels: C. use_swiglu, use_rmsnorm, use_rope: rows 6, 7 and 8 of Table 1. use_qknorm: an option of
+    the authors' code, off in the paper. ValueError if the sizes are not multiples of each other."""
     def __init__(self, input_size=16, patch_size=1, in_channels=32, hidden_size=1152, depth=28, num_heads=16,
                  mlp_ratio=4.0, num_classes=1000, class_dropout_prob=0.1, use_qknorm=False, use_swiglu=True,
-                 use_rope=True, use_rmsnorm=True, wo_shift=False):
+                 use_rope=True, use_rmsnorm=True):
         super().__init__()
-        # 4: RoPE turns pairs of channels, and a head has pairs for two axes
+        # a head has a multiple of 4 channels: RoPE rotates pairs of them, and there are two axes
         if input_size % patch_size or hidden_size % num_heads or hidden_size // num_heads % 4:
             raise ValueError(f"LightningDiT: input_size {input_size} must be a multiple of patch_size "
                              f"{patch_size}, hidden_size {hidden_size} of 4 x num_heads {num_heads}")
         self.patch_size, self.in_channels, side = patch_size, in_channels, input_size // patch_size
         self.num_classes, self.checkpointing = num_classes, False
-        # one token for p x p latent pixels: a convolution that never looks at a pixel twice
+        # one token per p x p latent pixels: a convolution whose windows do not overlap
         patches = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
         self.x_embedder = nn.Sequential(OrderedDict(proj=patches))
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
-        # The authors' code keeps DiT's absolute positions beside RoPE; the paper gives no reason.
+        # DiT's absolute positions stay beside RoPE (authors' code).
         self.pos_embed = nn.Parameter(sincos_pos_embed(hidden_size, side), requires_grad=False)
         self.feat_rope = RotaryEmbedding(hidden_size // num_heads, side) if use_rope else None
-        args = hidden_size, num_heads, mlp_ratio, use_qknorm, use_swiglu, use_rmsnorm, wo_shift
+        args = hidden_size, num_heads, mlp_ratio, use_qknorm, use_swiglu, use_rmsnorm
         self.blocks = nn.ModuleList(Block(*args) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size, in_channels, use_rmsnorm)
         self.initialize_weights()
 
     def initialize_weights(self):
-        """DiT's: Xavier for linear layers, N(0, 0.02) for embeddings, 0 for gates and output."""
-        # the patches' convolution counts as the linear layer that it is
+        """DiT's initialisation: Xavier for linear layers, N(0, 0.02) for embeddings, 0 for gates and
+        output."""
+        # the convolution that makes tokens is a linear layer of each patch
         linear = [module for module in self.modules() if isinstance(module, nn.Linear)]
         for layer in linear + [self.x_embedder.proj]:
             nn.init.xavier_uniform_(layer.weight.flatten(1))
             nn.init.zeros_(layer.bias)
         for layer in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
             nn.init.normal_(layer.weight, std=0.02)
-        # adaLN-Zero: scales, shifts and gates start at 0, and so does the network's answer
+        # adaLN-Zero: scales, shifts and gates start at 0, and so does the network's output
         modulations = [block.adaLN_modulation[1] for block in self.blocks]
         for layer in modulations + [self.final_layer.adaLN_modulation[1], self.final_layer.linear]:
             nn.init.zeros_(layer.weight)
@@ -230,26 +229,28 @@ class LightningDiT(nn.Module):
 
     def forward(self, x, t, y, drop=None):
         """Noised latent x (B, C, S, S), time t (B,), class y (B,) -> velocity (B, C, S, S).
-        t is in [0, 1]: 0 is noise, 1 is data. y int64: num_classes is the null class. drop (B,) bool: labels
-        that become it, in training. In row 0 of Table 1 the answer is DDPM's noise and t is DDPM's step, 0
-        (data) to 999 (noise): so row 1 changes the objective, and with it the scale of t's embedding."""
+        t is in [0, 1], where 0 is noise and 1 is data. y int64: num_classes is the null class. drop (B,)
+        bool: labels to replace by it, in training. In row 0 of Table 1 the output is DDPM's noise and t is
+        DDPM's step, from 0 (data) to 999 (noise): row 1 changes the objective and, with it, the range of
+        t."""
         x = self.x_embedder(x).flatten(2).transpose(1, 2)  # (B, D, S/p, S/p) -> (B, N, D)
-        x = x + self.pos_embed
+        # contiguous, or all blocks would keep the transposed layout, which costs a copy before each product
+        x = x.contiguous() + self.pos_embed
         c = self.t_embedder(t) + self.y_embedder(y, drop)  # (B, D)
         for block in self.blocks:
             if self.checkpointing and self.training:
-                # memory for time: only each block's input is kept, the rest is computed again
+                # saves memory and costs time: only each block's input is kept, the rest is computed again
                 x = checkpoint(block, x, c, self.feat_rope, use_reentrant=False)
             else:
                 x = block(x, c, self.feat_rope)  # (B, N, D)
         return self.unpatchify(self.final_layer(x, c))  # (B, N, p*p*C) -> (B, C, S, S)
 
-# === Plumbing: nothing of the paper below this line ===
+# === Plumbing: files, flags, processes ===
 def read_released_dit(path):
-    """state_dict of the authors' checkpoint or of ours: `ema`, else `model`, else the file itself.
-    module. and _orig_mod., which DistributedDataParallel and torch.compile put in front of the names, are
-    removed. UserError if the file holds nothing by name; load_weights sees whether it is LightningDiT's."""
+    """Weights of the authors' checkpoint or of ours: its `ema`, else its `model`, else the file itself,
+    without what DistributedDataParallel (module.) and torch.compile (_orig_mod.) put in front of the
+    names."""
     state = torch_load(path)
-    with reading(path):
-        weights = state.get("ema", state.get("model", state))
-        return {k.removeprefix("module.").removeprefix("_orig_mod."): v for k, v in weights.items()}
+    weights = state.get("ema", state.get("model", state))
+    return {name.removeprefix("module.").removeprefix("_orig_mod."): value
+            for name, value in weights.items() if torch.is_tensor(value)}
