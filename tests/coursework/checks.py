@@ -174,9 +174,10 @@ def randn(*shape, seed=0):
 
 
 def fill(module, seed=0, scale=0.5):
-    """All parameters of a network become normal numbers, so that nothing hides behind zeros and ones."""
+    """All parameters of a network become normal numbers, so that nothing hides behind zeros and ones; each by its
+    name, whatever the order in which a student's __init__ makes them."""
     with torch.no_grad():
-        for i, p in enumerate(module.parameters()):
+        for i, (_, p) in enumerate(sorted(module.named_parameters())):
             p.copy_(scale * randn(*p.shape, seed=seed + i))
     return module
 

@@ -63,6 +63,11 @@ def given(file):
 
 
 @lru_cache
+def given_checks():
+    return marshalled((HERE / "checks.py").read_text(), "checks.py")
+
+
+@lru_cache
 def emptied(key):
     return stubbed(EXERCISES[key].file, [EXERCISES[key]])
 
@@ -82,7 +87,7 @@ def packages():
 def job_of(key, source, timeout):
     e = EXERCISES[key]
     code = {file[:-3]: given(file) for file in SCRIPTS if file != e.file}
-    code |= {"checks": marshalled((HERE / "checks.py").read_text(), "checks.py"), f"set{e.set}": asking(e.set)}
+    code |= {"checks": given_checks(), f"set{e.set}": asking(e.set)}
     return {"key": key, "set": f"set{e.set}", "file": e.file, "names": e.names, "given": emptied(key),
             "source": source, "code": code, "timeout": timeout}
 
@@ -215,10 +220,15 @@ def read_submission(folder, file):
         return None, f"{file} is not readable as UTF-8 text: {error}"
 
 
+@lru_cache
+def published(file):
+    return ast.parse((ROOT / file).read_text())
+
+
 def copied(source, exercise):
     """Whether a student's functions are the published ones, word for word (comments aside), and not short."""
     try:
-        theirs, ours = ast.parse(source), ast.parse((ROOT / exercise.file).read_text())
+        theirs, ours = ast.parse(source), published(exercise.file)
         pairs = [(find(theirs, name), find(ours, name)) for name in exercise.names]
         bodies = [[body[i].body for body, i in pair] for pair in pairs]
     except (SyntaxError, ValueError, RecursionError, MemoryError, TypeError, AttributeError):
@@ -234,8 +244,10 @@ def grade_one(worker, folder, key, timeout=60.0):
     if missing:
         return Mark(e, missing, [missing] * len(e.points), [])
     note, results, look = judge(e, *worker.ask(job_of(key, source, timeout)), timeout)
-    look += ["the published solution, word for word"] if note is None and copied(source, e) else []
-    return Mark(e, note, results, look, time.monotonic() - start)
+    mark = Mark(e, note, results, look, time.monotonic() - start)
+    if mark.score == e.total and copied(source, e):
+        look.append("the published solution, word for word")
+    return mark
 
 
 def grade(folders, keys, timeout=60.0, jobs=2, report=None):

@@ -179,6 +179,16 @@ def slow_resnet(block):
     return forward
 
 
+@check("resnet", "norm and SiLU")
+def resnet_norm():
+    layer = fill(vae.norm_silu(8))
+
+    def slow(x):
+        h = slow_norm(layer, x)
+        return h * torch.sigmoid(h)
+    values(layer, slow, (2 * randn(2, 8, 4, 6, seed=9),), "the norm comes first")
+
+
 @check("resnet", "equal widths")
 def resnet_values():
     block = fill(vae.ResnetBlock(8, 8))
@@ -335,11 +345,12 @@ def lpips_values():
 
 @check("lpips", "gradient")
 def lpips_gradient():
-    net, x = small_lpips(), randn(1, 3, 32, 32)
-    with torch.no_grad():
-        net.features[2].bias.fill_(-100.0)    # after the second ReLU all is 0: vectors of length 0
+    x = randn(1, 3, 32, 32)
 
     def work():
+        net = small_lpips()    # a network whose map is 0 everywhere: vectors of length 0
+        net.features = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.MaxPool2d(2, 2))
+        nn.init.zeros_(net.features[0].weight)
         alive = small_lpips()
         x_hat = randn(1, 3, 32, 32, seed=1)
         dead = derivative(lambda v: net(x, v), [x_hat.clone()], "x_hat")

@@ -134,7 +134,8 @@ def slow_flow(w, x1, y, t, x0, drop):
         noised = t[b] * x1[b:b + 1] + (1 - t[b]) * x0[b:b + 1]
         pred, v = some_model(w)(noised, t[b:b + 1], y[b:b + 1])[0], x1[b] - x0[b]
         mse.append((pred - v).square().sum() / v.numel())
-        cosine = (pred * v).sum(0) / (pred.square().sum(0) * v.square().sum(0)).sqrt()
+        lengths = [u.square().sum(0).clamp(min=0.01).sqrt() for u in (pred, v)]
+        cosine = (pred * v).sum(0) / (lengths[0] * lengths[1])
         direction.append((1 - cosine).sum() / cosine.numel())
     mse, direction = torch.stack(mse), torch.stack(direction)
     return {"loss": (mse + direction).sum() / len(x1), "mse": mse, "direction": direction}
@@ -148,6 +149,20 @@ def flow_values():
 @check("flow", "gradient")
 def flow_gradient():
     gradient(flow_of, slow_flow, (torch.tensor(0.7), *flow_batch()), "the model's weight, x1, t, x0", 1e-3)
+
+
+@check("flow", "a prediction of 0")
+def flow_zero():
+    x1, y, t, x0, drop = flow_batch()
+
+    def work():
+        pred = torch.zeros(3, 4, 2, 5, requires_grad=True)
+        _, terms = train_dit.flow_matching_loss(lambda *args: 1.0 * pred, x1, y, t, x0, drop)
+        return terms["direction"], torch.autograd.grad(terms["direction"].sum(), pred)[0]
+    direction, grad = student(work)
+    close(direction, torch.ones(3), "a fresh network answers 0: its cosine with anything is 0")
+    v = x1 - x0
+    close(grad, -v / v.norm(dim=1, keepdim=True) / 0.1 / 10, "its gradient: lengths count as 0.1 at least")
 
 
 @check("flow", "what the model gets")

@@ -59,7 +59,7 @@ def shift_example():
 
 
 def grid_settings(points, shift):
-    return types.SimpleNamespace(sampling_steps=points, timestep_shift=shift, steps=points, shift=shift)
+    return types.SimpleNamespace(sampling_steps=points, timestep_shift=shift)
 
 
 @check("shift", "any time and shift")
@@ -227,7 +227,8 @@ def draw_repeat():
         torch.manual_seed(1)
         first = drawn([4, 0, 7])
         torch.manual_seed(2)
-        return first, drawn([7, 4]), drawn([4], seed=5), drawn([4, 0, 7], "balanced"), drawn([4, 0, 7], "3,1", listed=[3, 1])
+        return (first, drawn([7, 4]), drawn([4], seed=5), drawn([4, 0, 7], "balanced"),
+                drawn([4, 0, 7], "3,1", listed=[3, 1]))
     first, other, seeded, balanced, listed = student(work)
     for i, j in ((0, 2), (1, 0)):
         ok(torch.equal(other[0][i], first[0][j]) and other[1][i] == first[1][j],
