@@ -4,10 +4,10 @@
     python tests/coursework handout DIR --set 2                    a student's folder
     python tests/coursework grade in/* --set 2 --csv marks.csv     a class: a folder for each student
     python tests/coursework solutions --set 2                      the functions, as in the scripts
-    python tests/coursework answers [--set 2]                      questions and experiments, for the instructor
+    python tests/coursework answers [--set 2]                      questions and experiments, answered
 
-It needs Linux. Grading runs students' code with limits on time, memory and files; instructor.md says what that
-is worth, and has the lines for Gradescope and Docker.
+It needs Linux. Grading runs students' code with limits on time, memory and files; instructor.md says what
+that is worth, and has the lines for Gradescope and Docker.
 """
 import argparse
 import ast
@@ -62,10 +62,16 @@ def main():
     for name in ("handout", "grade", "solutions", "answers"):
         needed = name in ("handout", "solutions")
         add[name].add_argument("--set", type=int, choices=SETS, required=needed)
-    add["grade"].add_argument("--exercises", nargs="+", metavar="KEY", choices=EXERCISES, help="instead of a set")
-    add["grade"].add_argument("--json", help="Gradescope's results.json; of several folders {folder: results}")
+    add["grade"].add_argument(
+        "--exercises", nargs="+", metavar="KEY", choices=EXERCISES, help="instead of a set"
+    )
+    add["grade"].add_argument(
+        "--json", help="Gradescope's results.json; of several folders {folder: results}"
+    )
     add["grade"].add_argument("--csv", help="marks of all folders, a line each")
-    add["grade"].add_argument("--timeout", type=float, default=60.0, help="seconds for one exercise (default 60)")
+    add["grade"].add_argument(
+        "--timeout", type=float, default=60.0, help="seconds for one exercise (default 60)"
+    )
     add["grade"].add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1),
                               help="processes, about 0.5 GB each (default: 2)")
     a = parser.parse_args()
@@ -81,7 +87,9 @@ def main():
             print(f"{a.dir}: set {a.set}, {len(of_set(a.set))} exercises; begin with ASSIGNMENT.md")
         else:
             if not (a.set or a.exercises):
-                parser.error("grade needs --set N or --exercises KEY ...: the students' folders do not decide")
+                parser.error(
+                    "grade needs --set N or --exercises KEY ...: the students' folders do not decide"
+                )
             keys = a.exercises or [e.key for e in of_set(a.set)]
             for folder in a.dirs:
                 if not Path(folder).is_dir():

@@ -8,8 +8,8 @@ A check is a function below @check. It builds inputs, asks the student's code ON
 
 The grader runs every check twice. In the student's process, which holds neither expected values nor slow_
 functions, the check ends where the answer is there. In the grader's process the same check gets this answer
-back from student(), without running the student's code, and compares. So nothing that a student's code does to
-its own process can change a mark; it can only give another answer.
+back from student(), without running the student's code, and compares. So nothing that a student's code
+does to its own process can change a mark; it can only give another answer.
 
 A public check (`public=True`) also stands in the student's own tests: literal numbers, never a solution.
 """
@@ -17,7 +17,6 @@ import base64
 import importlib
 import math
 import types
-
 
 __all__ = ["math", "types"]    # for the sets
 
@@ -94,7 +93,10 @@ def close(got, want, sentence, tol=1e-4, kind="float32"):
     else:
         ok(isinstance(got, torch.Tensor),
            f"{sentence}: the answer is of type {type(got).__name__}, expected a tensor")
-        ok(str(got.dtype) == f"torch.{kind}", f"{sentence}: the answer is of {got.dtype}, expected torch.{kind}")
+        ok(
+            str(got.dtype) == f"torch.{kind}",
+            f"{sentence}: the answer is of {got.dtype}, expected torch.{kind}",
+        )
     got, want = got.detach().double(), exact(want).detach().double()
     ok(got.shape == want.shape,
        f"{sentence}: the answer has shape {tuple(got.shape)}, expected {tuple(want.shape)}")
@@ -130,7 +132,8 @@ def copied(value):
 
 
 def values(fast, slow, inputs, sentence, tol=1e-4, kind="float32"):
-    """fast(*inputs) against slow(*inputs in float64): shape, dtype, values, and that the inputs are left alone."""
+    """fast(*inputs) against slow(*inputs in float64): shape, dtype, values, and the inputs left alone."""
+
     def work():
         given = [copied(v) for v in inputs]
         return fast(*given), given
@@ -174,8 +177,8 @@ def randn(*shape, seed=0):
 
 
 def fill(module, seed=0, scale=0.5):
-    """All parameters of a network become normal numbers, so that nothing hides behind zeros and ones; each by its
-    name, whatever the order in which a student's __init__ makes them."""
+    """All parameters of a network become normal numbers, so that nothing hides behind zeros and ones; each by
+    its name, whatever the order in which a student's __init__ makes them."""
     with torch.no_grad():
         for i, (_, p) in enumerate(sorted(module.named_parameters())):
             p.copy_(scale * randn(*p.shape, seed=seed + i))

@@ -1,6 +1,6 @@
 """The course as data: what the Markdown files and the checks beside them say.
 
-Each set is two files, setN.md and setN.py. In the Markdown stand title, text, points, hints, questions and the
+Each set is two files, setN.md and setN.py. The Markdown holds title, text, points, hints, questions and the
 task at the end; an instructor may edit all of it. An exercise begins with three lines of this form:
 
     ### 2.2 `eq2` The marginal cosine loss
@@ -66,7 +66,7 @@ HEAD = re.compile(r"### (\d\.\d+) `(\w+)` (.+)\n(.+)\npoints: (.+)\n")
 
 def read_exercises(text):
     found, heads = [], list(HEAD.finditer(text))
-    ends = [m.start() for m in re.finditer(r"^##+ ", text, re.M)]
+    ends = [m.start() for m in re.finditer(r"^##+ ", text, re.MULTILINE)]
     for m in heads:
         number, key, title, facts, points = m.groups()
         tier, place, paper, minutes, *after = [part.strip() for part in facts.split("|")]
@@ -87,7 +87,7 @@ EXERCISES = {e.key: e for text in TEXTS.values() for e in read_exercises(text)}
 
 def questions(text):
     """[(number, points)] of the questions of a set, or of their answers: lines `**Q2.1 (4 points).** ...`."""
-    return [(m[1], int(m[2])) for m in re.finditer(r"^\*\*Q(\d\.\d) \((\d+) points?\)", text, re.M)]
+    return [(m[1], int(m[2])) for m in re.finditer(r"^\*\*Q(\d\.\d) \((\d+) points?\)", text, re.MULTILINE)]
 
 
 def of_set(number):

@@ -110,11 +110,21 @@ class Worker:
 
     def start(self):
         env = {k: v for k, v in os.environ.items() if k not in ("PWD", "OLDPWD")} | {
-            "TMPDIR": self.folder.name, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+            "TMPDIR": self.folder.name,
+            "CUDA_VISIBLE_DEVICES": "",
+            "OMP_NUM_THREADS": "1",
+            "MKL_NUM_THREADS": "1",
+        }
         path = Path(self.folder.name, "worker.py")
         path.write_text((HERE / "worker.py").read_text())
-        self.process = subprocess.Popen([sys.executable, path.name], stdin=subprocess.PIPE, cwd=self.folder.name,
-                                        stdout=subprocess.PIPE, text=True, env=env)
+        self.process = subprocess.Popen(
+            [sys.executable, path.name],
+            stdin=subprocess.PIPE,
+            cwd=self.folder.name,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=env,
+        )
         self.process.stdin.write(json.dumps(packages()) + "\n")
         self.process.stdin.flush()
         ready = json.loads(self.process.stdout.readline() or '{"missing": "torch"}')
@@ -172,7 +182,15 @@ def compare(function, answer):
             function()
         except checks.Wrong as error:
             return str(error)
-        except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError, ArithmeticError) as error:
+        except (
+            TypeError,
+            ValueError,
+            KeyError,
+            IndexError,
+            AttributeError,
+            RuntimeError,
+            ArithmeticError,
+        ) as error:
             return f"the answer has another form than the text says ({type(error).__name__}: {error})"
         finally:
             checks.RECORD.clear()
@@ -294,7 +312,10 @@ def print_marks(folder, marks):
     print(f"\n{folder}")
     for m in marks:
         look = f"  LOOK: {', '.join(m.look)}" if m.look else ""
-        print(f"  {m.exercise.number:5} {m.exercise.key:11} {m.score:3} / {m.exercise.total:<3} {m.reason}{look}")
+        print(
+            f"  {m.exercise.number:5} {m.exercise.key:11} {m.score:3} / {m.exercise.total:<3} "
+            f"{m.reason}{look}"
+        )
     print("  total {} / {}".format(*totals(marks)), flush=True)
 
 

@@ -80,7 +80,9 @@ def public_tests(exercises):
         if name in needed or name in tests:
             used |= words(node)
             parts.append(text.replace(f"def {name}(", f"def {tests.get(name, name)}(", 1))
-    head = ['"""Your own check: python -m pytest -k KEY, keys as in ASSIGNMENT.md. The grader looks further."""']
+    head = [
+        '"""Your own check: python -m pytest -k KEY, keys as in ASSIGNMENT.md. The grader looks further."""'
+    ]
     head += [line for name, line in IMPORTS.items() if name in used]
     return "\n\n\n".join(["\n".join(head), *parts]) + "\n"
 
@@ -88,21 +90,21 @@ def public_tests(exercises):
 # --- The texts ------------------------------------------------------------------------------------------
 RULES = """\
 {exercises} exercises and {questions} questions, {points} points, about {hours:.0f} hours, on the paper
-*Reconstruction vs. Generation* (arXiv 2501.01423). Have it beside you: [Eq. 2] and the like say where to look, and
-formulas that the paper prints are not repeated here.
+*Reconstruction vs. Generation* (arXiv 2501.01423). Have it beside you: [Eq. 2] and the like say where to
+look, and formulas that the paper prints are not repeated here.
 
-**What to do.** In the scripts the functions of the table below have lost their bodies: look for `# YOUR CODE
-HERE` with this set's number. Write them; name and arguments stay. You may add imports, functions and constants
-to the same file, and methods to the same class. Changes to other functions do not count. {given}
+**What to do.** In the scripts the functions of the table below have lost their bodies: look for `# YOUR
+CODE HERE` with this set's number. Write them; name and arguments stay. You may add imports, functions and
+constants to the same file, and methods to the same class. Changes to other functions do not count. {given}
 
-**How to check.** `pip install -r requirements.txt`, then `python -m pytest` here, or `python -m pytest -k eq2` for
-the exercise of that key. These tests hold worked examples; the grader looks further: other sizes, dtypes,
-gradients, inputs that must stay as they are. Any right solution passes, whatever its form. Each exercise is marked
-with all others right, so a mistake costs once.
+**How to check.** `pip install -r requirements.txt`, then `python -m pytest` here, or `python -m pytest -k
+eq2` for the exercise of that key. These tests hold worked examples; the grader looks further: other sizes,
+dtypes, gradients, inputs that must stay as they are. Any right solution passes, whatever its form. Each
+exercise is marked with all others right, so a mistake costs once.
 
 **What to hand in.** {files}, your answers to the questions, and the number that "Now run it" asks for.
 """
-HINT = re.compile(r"^\*\*Hint (\d)\.\*\* (.+(?:\n(?!\n).+)*)", re.M)
+HINT = re.compile(r"^\*\*Hint (\d)\.\*\* (.+(?:\n(?!\n).+)*)", re.MULTILINE)
 
 
 def assignment(number):
@@ -121,7 +123,9 @@ def assignment(number):
     table = ["| | key | tier | function | read | points | minutes |", "|---|---|---|---|---|---|---|"]
     for e in chosen:
         names = ", ".join(f"`{n}`" for n in e.names)
-        table.append(f"| {e.number} | {e.key} | {e.tier} | {names} in {e.file} | {e.paper} | {e.total} | {e.minutes} |")
+        table.append(
+            f"| {e.number} | {e.key} | {e.tier} | {names} in {e.file} | {e.paper} | {e.total} | {e.minutes} |"
+        )
     title, _, rest = text.partition("\n")
     for e in chosen:
         total = f"**{e.total} points**: " + ", ".join(f"{name} {n}" for name, n in e.points.items())

@@ -7,8 +7,16 @@ from dit import LightningDiT
 
 torch.manual_seed(0)
 rope = "--no-rope" not in sys.argv
-net = LightningDiT(input_size=8, patch_size=1, in_channels=2, hidden_size=64, depth=3, num_heads=2, num_classes=16,
-                   use_rope=rope)
+net = LightningDiT(
+    input_size=8,
+    patch_size=1,
+    in_channels=2,
+    hidden_size=64,
+    depth=3,
+    num_heads=2,
+    num_classes=16,
+    use_rope=rope,
+)
 print(f"{sum(p.numel() for p in net.parameters()):,} weights, RoPE {'on' if rope else 'off'}")
 opt = torch.optim.AdamW(net.parameters(), 2e-3, betas=(0.9, 0.95), weight_decay=0.0)
 place = torch.arange(8.0)

@@ -10,7 +10,9 @@ import sample
 from train_vae import World
 
 scale = float(sys.argv[sys.argv.index("--cfg-scale") + 1]) if "--cfg-scale" in sys.argv else 1.0
-s = sample.Settings(**sample.PRESETS["mini"] | {"preset": "mini", "out": "runs/mini", "device": "cpu", "cfg_scale": scale})
+s = sample.Settings(
+    **sample.PRESETS["mini"] | {"preset": "mini", "out": "runs/mini", "device": "cpu", "cfg_scale": scale}
+)
 system = sample.System(s, World("cpu"))
 
 
@@ -26,5 +28,11 @@ for seed in (0, 1, 2):
     fine = solve(seed, 1.0, 401, "heun")
     for integrator in ("euler", "heun"):
         for shift in (0.3, 1.0, 3.0):
-            errors = [((solve(seed, shift, n + 1, integrator) - fine).norm() / fine.norm()).item() for n in (5, 10, 25, 50)]
-            print(f"seed {seed} {integrator:5} shift {shift}: " + " ".join(f"{v:.4f}" for v in errors), flush=True)
+            errors = [
+                ((solve(seed, shift, n + 1, integrator) - fine).norm() / fine.norm()).item()
+                for n in (5, 10, 25, 50)
+            ]
+            print(
+                f"seed {seed} {integrator:5} shift {shift}: " + " ".join(f"{v:.4f}" for v in errors),
+                flush=True,
+            )

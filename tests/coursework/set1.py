@@ -1,6 +1,23 @@
-"""Checks of set 1, the tokenizer. Slow references stand in slow_ functions, which no student's process sees."""
-from checks import (F, check, close, derivative, fill, gradient, math, near, nn, ok, randn, student, torch,
-                    train_vae, types, vae, values)
+"""Checks of set 1, the tokenizer. No student's process sees the slow_ functions."""
+
+from checks import (
+    F,
+    check,
+    close,
+    derivative,
+    fill,
+    gradient,
+    math,
+    near,
+    nn,
+    ok,
+    randn,
+    student,
+    torch,
+    train_vae,
+    vae,
+    values,
+)
 
 
 # --- hinge ----------------------------------------------------------------------------------------------
@@ -79,7 +96,9 @@ def posterior_draws():
 
 @check("posterior", "gradient")
 def posterior_gradient():
-    gradient(sample_of, slow_sample, (randn(2, 6, 3, 4), randn(2, 3, 3, 4, seed=1)), "mean and logvar, the noise")
+    gradient(
+        sample_of, slow_sample, (randn(2, 6, 3, 4), randn(2, 3, 3, 4, seed=1)), "mean and logvar, the noise"
+    )
 
 
 def kl_of(moments):
@@ -130,7 +149,10 @@ def some_lpips(x, x_hat):
 
 def slow_rec(x, x_hat):
     plain = sum((a - b).abs().sum() for a, b in zip(x, x_hat)) / len(x)
-    return [plain, plain + sum(0.7 * a.numel() * (b - 2 * a).square().mean() for a, b in zip(x, x_hat)) / len(x)]
+    return [
+        plain,
+        plain + sum(0.7 * a.numel() * (b - 2 * a).square().mean() for a, b in zip(x, x_hat)) / len(x),
+    ]
 
 
 def both_rec(x, x_hat):
@@ -192,13 +214,17 @@ def resnet_norm():
 @check("resnet", "equal widths")
 def resnet_values():
     block = fill(vae.ResnetBlock(8, 8))
-    values(block, slow_resnet(block), (2 * randn(2, 8, 4, 6, seed=9),), "norm, SiLU, convolution, twice, plus x")
+    values(
+        block, slow_resnet(block), (2 * randn(2, 8, 4, 6, seed=9),), "norm, SiLU, convolution, twice, plus x"
+    )
 
 
 @check("resnet", "wider")
 def resnet_wider():
     block = fill(vae.ResnetBlock(8, 16))
-    values(block, slow_resnet(block), (2 * randn(2, 8, 4, 6, seed=9),), "where the width changes, the shortcut")
+    values(
+        block, slow_resnet(block), (2 * randn(2, 8, 4, 6, seed=9),), "where the width changes, the shortcut"
+    )
 
 
 @check("resnet", "gradient")
@@ -225,7 +251,9 @@ def attn_example():
 
 def slow_attn(block):
     def conv(layer, v):
-        return torch.einsum("oc,bcn->bon", layer.weight[:, :, 0, 0].double(), v) + layer.bias.double()[:, None]
+        return (
+            torch.einsum("oc,bcn->bon", layer.weight[:, :, 0, 0].double(), v) + layer.bias.double()[:, None]
+        )
 
     def forward(x):
         n = slow_norm(block.norm, x).flatten(2)
@@ -265,16 +293,24 @@ def batches_epoch():
         ok(tuple(part.shape) == (4,), f"batch_size indices: got {tuple(part.shape)}, expected (4,)")
     seen = torch.cat(list(parts))
     ok(sorted(seen[:10].tolist()) == list(range(10)), "the first 10 indices are 0 to 9, each once")
-    ok(sorted(seen[10:].tolist()) == list(range(10)), "and so are the next 10, across the border of two epochs")
+    ok(
+        sorted(seen[10:].tolist()) == list(range(10)),
+        "and so are the next 10, across the border of two epochs",
+    )
 
 
 @check("batches", "any step any size")
 def batches_values():
-    cases = [(n, size, step, seed) for n, size, seed in ((10, 4, 0), (7, 7, 1), (5, 13, 2), (100, 1, 3), (3, 8, 4))
-             for step in (0, 1, 2, 5, 14, 3, 0)]
+    cases = [
+        (n, size, step, seed)
+        for n, size, seed in ((10, 4, 0), (7, 7, 1), (5, 13, 2), (100, 1, 3), (3, 8, 4))
+        for step in (0, 1, 2, 5, 14, 3, 0)
+    ]
     got = student(lambda: [train_vae.batch_indices(n, size, step, seed) for n, size, step, seed in cases])
     for part, (n, size, step, seed) in zip(got, cases):
-        orders = torch.cat([train_vae.epoch_order(n, seed, epoch) for epoch in range(step * size // n + size + 2)])
+        orders = torch.cat(
+            [train_vae.epoch_order(n, seed, epoch) for epoch in range(step * size // n + size + 2)]
+        )
         close(part, orders[step * size:(step + 1) * size],
               f"n = {n}, batch_size = {size}, step {step}: a piece of the epochs' orders", kind="int64")
 

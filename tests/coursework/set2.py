@@ -1,6 +1,22 @@
-"""Checks of set 2, VF loss. Slow references stand in slow_ functions, which no student's process sees."""
-from checks import (F, Wrong, check, close, fill, gradient, nn, ok, randn, student, torch, train_vae, types,
-                    vae, values, vf_loss)
+"""Checks of set 2, VF loss. No student's process sees the slow_ functions."""
+from checks import (
+    F,
+    Wrong,
+    check,
+    close,
+    fill,
+    gradient,
+    nn,
+    ok,
+    randn,
+    student,
+    torch,
+    train_vae,
+    types,
+    vae,
+    values,
+    vf_loss,
+)
 
 
 # --- eq1 ------------------------------------------------------------------------------------------------
@@ -64,8 +80,12 @@ def eq1_values():
     want_hat, want_z, posterior = net(x, noise)
     want = torch.einsum("oc,bchw->bohw", w, want_z)
     want.square().sum().backward()
-    for got, right, name in ((x_hat, want_hat, "x_hat"), (z, want_z, "z"), (mean, posterior.mean, "the posterior"),
-                             (z_proj, want, "z_proj")):
+    for got, right, name in (
+        (x_hat, want_hat, "x_hat"),
+        (z, want_z, "z"),
+        (mean, posterior.mean, "the posterior"),
+        (z_proj, want, "z_proj"),
+    ):
         close(got, right, f"{name} is that of self.vae, with the given noise", 1e-3)
     ok(grad is not None, "the gradient of z_proj must reach the encoder")
     close(grad, net.encoder.conv_out.weight.grad, "the gradient of z_proj, by the encoder's last layer", 1e-3)
@@ -79,7 +99,9 @@ MARGINS = ((), (0.0,), (0.2,), (1.2,))
 def eq2_example():
     z = torch.tensor([[3.0, 0.0, 1.0], [0.0, 2.0, 0.0]]).view(1, 2, 1, 3)
     f = torch.tensor([[1.0, 1.0, -5.0], [0.0, 0.0, 0.0]]).view(1, 2, 1, 3)
-    three, zero = student(lambda: (vf_loss.marginal_cosine_loss(z, f, 0.5), vf_loss.marginal_cosine_loss(f, f, 0.5)))
+    three, zero = student(
+        lambda: (vf_loss.marginal_cosine_loss(z, f, 0.5), vf_loss.marginal_cosine_loss(f, f, 0.5))
+    )
     close(three, 2 / 3, "cosines 1, 0, -1 with a margin of 0.5")
     close(zero, 0.0, "equal vectors give 0, never less")
 
@@ -109,9 +131,14 @@ def eq2_values():
 @check("eq2", "gradient")
 def eq2_gradient():
     z, f = randn(2, 3, 2, 2), randn(2, 3, 2, 2, seed=1)
-    f[0] = 2 * z[0] + 0.05    # within the margin
-    gradient(lambda z: vf_loss.marginal_cosine_loss(z, f, 0.3), lambda z: slow_eq2(z, f.double(), ((0.3,),)), (z,),
-             "z", 1e-3)
+    f[0] = 2 * z[0] + 0.05  # within the margin
+    gradient(
+        lambda z: vf_loss.marginal_cosine_loss(z, f, 0.3),
+        lambda z: slow_eq2(z, f.double(), ((0.3,),)),
+        (z,),
+        "z",
+        1e-3,
+    )
 
 
 @check("eq3", "worked example", public=True)
@@ -183,8 +210,13 @@ def eq4_values():
     linear, curved = student(work)
     w = randn(4, 3, 2, 2)
     close(linear, a.norm() / b.norm(), "norms over the whole of `weight`, whatever its shape", 3e-4, "number")
-    close(curved, (2 * w * a).norm() / (b * (1 - (w * b).tanh() ** 2)).norm(), "the gradients, not the losses", 3e-4,
-          "number")
+    close(
+        curved,
+        (2 * w * a).norm() / (b * (1 - (w * b).tanh() ** 2)).norm(),
+        "the gradients, not the losses",
+        3e-4,
+        "number",
+    )
 
 
 @check("eq4", "constants")
@@ -244,9 +276,12 @@ def teacher_example():
 @check("teacher", "what the network sees")
 def teacher_values():
     mean, std, x = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4), randn(2, 3, 8, 12)
-    values(lambda x: small_teacher(0, mean, std)(x, (4, 6)),
-           lambda x: F.avg_pool2d(torch.stack([((x[:, c] + 1) / 2 - mean[c]) / std[c] for c in range(3)], 1), 2),
-           (x,), "patch 0: normalised by the model's own mean and std, not resized")
+    values(
+        lambda x: small_teacher(0, mean, std)(x, (4, 6)),
+        lambda x: F.avg_pool2d(torch.stack([((x[:, c] + 1) / 2 - mean[c]) / std[c] for c in range(3)], 1), 2),
+        (x,),
+        "patch 0: normalised by the model's own mean and std, not resized",
+    )
 
 
 @check("teacher", "the patch grid")
@@ -261,8 +296,14 @@ def teacher_grid():
     n = torch.stack([((x[:, c] + 1) / 2 - mean[c]) / std[c] for c in range(3)], 1).double()
     for patch, grid, got, image in ((5, (4, 6), out[0], inputs[0]), (2, (3, 5), out[1], inputs[1])):
         want = F.interpolate(n, (grid[0] * patch, grid[1] * patch), mode="bilinear")
-        close(image, want, f"patch {patch}, grid {grid}: resized so that each patch is a position of the latent,"
-              " bilinear, without antialias", 1e-3, "any")
+        close(
+            image,
+            want,
+            f"patch {patch}, grid {grid}: resized so that each patch is a position of the latent,"
+            " bilinear, without antialias",
+            1e-3,
+            "any",
+        )
         close(got, F.avg_pool2d(want, patch), "the features of the resized image", 1e-3)
 
 
@@ -438,7 +479,7 @@ def step_example():
 @check("step", "all terms", public=True)
 def step_terms():
     x, noise = batch_of(2)
-    terms, change, graphs = student(lambda: one_step(small_run(6, True), x, noise, 3))
+    terms, change, _ = student(lambda: one_step(small_run(6, True), x, noise, 3))
     right = {"rec": 2762.2, "kl": 32.173, "l1": 0.83403, "g": 0.087918, "w_disc": 116.35, "mcos": 0.90339,
              "mdms": 0.70335, "w_vf": 160.54, "d": 0.78593}
     moved = {"encoder": 0.1037, "decoder": 1.5498, "quant_conv": 0.057005, "linear_proj": 0.0097772,
@@ -459,8 +500,10 @@ def step_reconstruction():
         run = small_run(0, False)
         return [one_step(run, x, noise, 9) for _ in range(2)]
     got, run = student(work), small_run(0, False)
-    for round_ in range(2):    # in the second round gradients of the first would be left
-        same_step(got[round_], slow_step(run, x, noise, 9), f"no VF loss, no discriminator, step {round_ + 1}")
+    for round_ in range(2):  # in the second round gradients of the first would be left
+        same_step(
+            got[round_], slow_step(run, x, noise, 9), f"no VF loss, no discriminator, step {round_ + 1}"
+        )
 
 
 VF_CASES = ({}, {"mcos": False}, {"vf_weight": 2.0, "cos_margin": 0.5, "mdms_margin": 0.25})

@@ -1,12 +1,30 @@
-"""Checks of set 3, LightningDiT. Slow references stand in slow_ functions, which no student's process sees."""
-from checks import (F, check, close, dit, fill, gradient, math, near, nn, ok, randn, student,
-                    torch, types, values)
+"""Checks of set 3, LightningDiT. No student's process sees the slow_ functions."""
+
+from checks import (
+    F,
+    check,
+    close,
+    dit,
+    fill,
+    gradient,
+    math,
+    near,
+    nn,
+    ok,
+    randn,
+    student,
+    torch,
+    types,
+    values,
+)
 
 
 # --- adaln ----------------------------------------------------------------------------------------------
 @check("adaln", "modulate", public=True)
 def adaln_modulate():
-    got = student(lambda: dit.modulate(torch.full((1, 1, 1), 3.0), torch.full((1, 1), 2.0), torch.full((1, 1), 0.5)))
+    got = student(
+        lambda: dit.modulate(torch.full((1, 1, 1), 3.0), torch.full((1, 1), 2.0), torch.full((1, 1), 0.5))
+    )
     close(got, [[[6.5]]], "x = 3, scale 0.5, shift 2: scale 0 must leave x as it is")
 
 
@@ -30,8 +48,12 @@ def slow_modulate(x, shift, scale):
 
 @check("adaln", "any tokens")
 def adaln_values():
-    values(lambda *a: dit.modulate(*a), slow_modulate, (randn(3, 3, 4), randn(3, 4, seed=1), randn(3, 4, seed=2)),
-           "an image's scale and shift act on all of its tokens")
+    values(
+        lambda *a: dit.modulate(*a),
+        slow_modulate,
+        (randn(3, 3, 4), randn(3, 4, seed=1), randn(3, 4, seed=2)),
+        "an image's scale and shift act on all of its tokens",
+    )
 
 
 def slow_swiglu(layer):
@@ -46,7 +68,12 @@ def slow_swiglu(layer):
 @check("adaln", "any weights")
 def adaln_weights():
     layer = fill(dit.SwiGLU(6, 5))
-    values(layer, slow_swiglu(layer), (randn(2, 3, 6, seed=7),), "SiLU on the first half of w12 x, times the second")
+    values(
+        layer,
+        slow_swiglu(layer),
+        (randn(2, 3, 6, seed=7),),
+        "SiLU on the first half of w12 x, times the second",
+    )
 
 
 # --- rmsnorm --------------------------------------------------------------------------------------------
@@ -162,7 +189,9 @@ def rope_values():
 
 @check("rope", "gradient")
 def rope_gradient():
-    gradient(lambda x: rope_with(some_angles().cos(), some_angles().sin())(x), slow_rope, (randn(2, 3, 9, 8),), "x")
+    gradient(
+        lambda x: rope_with(some_angles().cos(), some_angles().sin())(x), slow_rope, (randn(2, 3, 9, 8),), "x"
+    )
 
 
 # --- time, labels ---------------------------------------------------------------------------------------
@@ -233,7 +262,12 @@ def labels_given():
         given = y.clone(), drop.clone()
         rows = [embedder(y, drop) for _ in range(3)] + [embedder(y, torch.zeros(10, dtype=torch.bool))]
         rows[0].sum().backward()
-        return rows, torch.equal(given[0], y) and torch.equal(given[1], drop), embedder.embedding_table.weight.grad
+        return (
+            rows,
+            torch.equal(given[0], y) and torch.equal(given[1], drop),
+            embedder.embedding_table.weight.grad,
+        )
+
     rows, unchanged, grad = student(work)
     want = [[10.0] if c % 3 == 0 else [float(c)] for c in range(10)]
     for got in rows[:3]:
@@ -247,8 +281,12 @@ def labels_given():
 def labels_draw():
     def work():
         embedder, y = numbered_labels(10, 1, 0.3), torch.arange(10).repeat(2000)
-        return (embedder.train()(y, None).flatten(), embedder(y, None).flatten(), embedder.eval()(y, None).flatten(),
-                numbered_labels(10, 1, 0.0).train()(y, None).flatten())
+        return (
+            embedder.train()(y, None).flatten(),
+            embedder(y, None).flatten(),
+            embedder.eval()(y, None).flatten(),
+            numbered_labels(10, 1, 0.0).train()(y, None).flatten(),
+        )
     one, two, evaluated, never = student(work)
     y = torch.arange(10.0).repeat(2000)
     dropped = (one == 10).float()
@@ -273,15 +311,20 @@ def slow_sincos(dim, side):
     q, rows = dim // 4, []
     for n in range(side * side):
         row, column = divmod(n, side)
-        rows.append([wave(place * 10000.0 ** (-i / q)) for wave, place in
-                     ((math.sin, column), (math.cos, column), (math.sin, row), (math.cos, row)) for i in range(q)])
+        rows.append(
+            [
+                wave(place * 10000.0 ** (-i / q))
+                for wave, place in ((math.sin, column), (math.cos, column), (math.sin, row), (math.cos, row))
+                for i in range(q)
+            ]
+        )
     return torch.tensor([rows], dtype=torch.float64)
 
 
 @check("sincos", "any size")
 def sincos_values():
     sizes = ((8, 3), (16, 4), (4, 1))
-    for size, got in zip(sizes, student(lambda: [dit.sincos_pos_embed(*size) for size in sizes])):
+    for size, got in zip(sizes, student(lambda: [dit.sincos_pos_embed(*s) for s in sizes])):
         close(got, slow_sincos(*size), f"dim and side {size}: sines, cosines of the column, then of the row")
 
 
@@ -292,8 +335,14 @@ def unpatchify(p, channels, x):
 @check("unpatchify", "worked example", public=True)
 def unpatchify_example():
     patch = torch.tensor([[[1.0, 10.0, 2.0, 20.0, 3.0, 30.0, 4.0, 40.0]]])
-    one, four = student(lambda: (unpatchify(2, 2, patch), unpatchify(1, 1, torch.tensor([[[1.0], [2.0], [3.0], [4.0]]]))))
-    close(one, [[[[1.0, 2.0], [3.0, 4.0]], [[10.0, 20.0], [30.0, 40.0]]]], "one token of 2x2 pixels, two channels")
+    one, four = student(
+        lambda: (unpatchify(2, 2, patch), unpatchify(1, 1, torch.tensor([[[1.0], [2.0], [3.0], [4.0]]])))
+    )
+    close(
+        one,
+        [[[[1.0, 2.0], [3.0, 4.0]], [[10.0, 20.0], [30.0, 40.0]]]],
+        "one token of 2x2 pixels, two channels",
+    )
     close(four, [[[[1.0, 2.0], [3.0, 4.0]]]], "four tokens of one pixel, row by row")
 
 
@@ -313,9 +362,12 @@ def slow_unpatchify(p, channels, x):
 
 @check("unpatchify", "any sizes")
 def unpatchify_values():
-    values(lambda *xs: [unpatchify(p, c, x) for (p, c, _), x in zip(UNPATCHIFY, xs)],
-           lambda *xs: [slow_unpatchify(p, c, x) for (p, c, _), x in zip(UNPATCHIFY, xs)],
-           [randn(2, s * s, p * p * c) for p, c, s in UNPATCHIFY], "tokens row by row, within a token the channel fastest")
+    values(
+        lambda *xs: [unpatchify(p, c, x) for (p, c, _), x in zip(UNPATCHIFY, xs)],
+        lambda *xs: [slow_unpatchify(p, c, x) for (p, c, _), x in zip(UNPATCHIFY, xs)],
+        [randn(2, s * s, p * p * c) for p, c, s in UNPATCHIFY],
+        "tokens row by row, within a token the channel fastest",
+    )
 
 
 # --- attention ------------------------------------------------------------------------------------------
@@ -339,7 +391,9 @@ def slow_attention(attn, rope, heads, norms=(None, None)):
     def forward(x):
         B, N, D = x.shape
         rows = x @ attn.qkv.weight.double().T + attn.qkv.bias.double()
-        q, k, v = (rows[..., i * D:(i + 1) * D].view(B, N, heads, D // heads).transpose(1, 2) for i in range(3))
+        q, k, v = (
+            rows[..., i * D : (i + 1) * D].view(B, N, heads, D // heads).transpose(1, 2) for i in range(3)
+        )
         q, k = (u if norm is None else slow_rmsnorm(norm)(u) for u, norm in zip((q, k), norms))
         q, k = rope(q), rope(k)
         out = torch.empty_like(q)
@@ -401,7 +455,7 @@ class Give(nn.Module):
 
 
 def staged_block(parts, rope="rope"):
-    """A block whose norms do nothing, whose branches are Give, and whose six parts are these, each one number."""
+    """A block whose norms do nothing, whose branches are Give, and whose six parts are these numbers."""
     block = make_block()
     block.norm1 = block.norm2 = nn.Identity()
     block.attn, block.mlp = Give(1.0, 2.0), Give(3.0, 10.0)
@@ -419,7 +473,11 @@ def block_example():
         return out, block.attn.seen[0][0], block.mlp.seen[0][0]
     out, attn, mlp = student(work)
     close(attn, torch.ones(1, 4, 8), "attention sees x = 1, scaled by 1 and not shifted")
-    close(mlp, torch.full((1, 4, 8), 2.5), "the feed-forward network sees the x that attention has changed: 1 + 0.5 * 3")
+    close(
+        mlp,
+        torch.full((1, 4, 8), 2.5),
+        "the feed-forward network sees the x that attention has changed: 1 + 0.5 * 3",
+    )
     close(out, torch.full((1, 4, 8), 4.25), "2.5 + 0.1 * (3 * 2.5 + 10)")
 
 
@@ -433,8 +491,16 @@ def block_parts():
     out, attn, mlp = student(work)
     close(attn, torch.full((1, 4, 8), 2.0), "the first two parts are shift and scale of the first norm")
     first = 1 + 0.5 * (2.0 + 2.0)
-    close(mlp, torch.full((1, 4, 8), first * 1.4 - 0.2), "the third is its gate, then shift and scale of the second")
-    close(out, torch.full((1, 4, 8), first + 0.1 * (3 * (first * 1.4 - 0.2) + 10)), "the sixth is the second gate")
+    close(
+        mlp,
+        torch.full((1, 4, 8), first * 1.4 - 0.2),
+        "the third is its gate, then shift and scale of the second",
+    )
+    close(
+        out,
+        torch.full((1, 4, 8), first + 0.1 * (3 * (first * 1.4 - 0.2) + 10)),
+        "the sixth is the second gate",
+    )
 
 
 @check("block", "RoPE is passed on")
@@ -454,23 +520,42 @@ def block_shapes():
         nn.init.zeros_(fresh.adaLN_modulation[1].bias)
         return state, fresh(x, randn(2, 16, seed=1), None)
     (light, plain), out = student(work)
-    for got, right, name in ((light, BLOCK | LIGHT, "SwiGLU and RMSNorm"), (plain, BLOCK | PLAIN, "MLP and LayerNorm")):
+    for got, right, name in (
+        (light, BLOCK | LIGHT, "SwiGLU and RMSNorm"),
+        (plain, BLOCK | PLAIN, "MLP and LayerNorm"),
+    ):
         ok(got == right, f"names and shapes of the weights with {name}: different are "
            f"{sorted(set(map(str, got.items())) ^ set(map(str, right.items())))[:4]}")
     close(out, randn(2, 4, 16), "with gates of 0 the block is the identity")
 
 
-BLOCK = {"attn.qkv.weight": [48, 16], "attn.qkv.bias": [48], "attn.proj.weight": [16, 16], "attn.proj.bias": [16],
-         "adaLN_modulation.1.weight": [96, 16], "adaLN_modulation.1.bias": [96]}
+BLOCK = {
+    "attn.qkv.weight": [48, 16],
+    "attn.qkv.bias": [48],
+    "attn.proj.weight": [16, 16],
+    "attn.proj.bias": [16],
+    "adaLN_modulation.1.weight": [96, 16],
+    "adaLN_modulation.1.bias": [96],
+}
 LIGHT = {"norm1.weight": [16], "norm2.weight": [16], "mlp.w12.weight": [84, 16], "mlp.w12.bias": [84],
          "mlp.w3.weight": [16, 42], "mlp.w3.bias": [16]}
-PLAIN = {"attn.q_norm.weight": [8], "attn.q_norm.bias": [8], "attn.k_norm.weight": [8], "attn.k_norm.bias": [8],
-         "mlp.fc1.weight": [64, 16], "mlp.fc1.bias": [64], "mlp.fc2.weight": [16, 64], "mlp.fc2.bias": [16]}
+PLAIN = {
+    "attn.q_norm.weight": [8],
+    "attn.q_norm.bias": [8],
+    "attn.k_norm.weight": [8],
+    "attn.k_norm.bias": [8],
+    "mlp.fc1.weight": [64, 16],
+    "mlp.fc1.bias": [64],
+    "mlp.fc2.weight": [16, 64],
+    "mlp.fc2.bias": [16],
+}
 
 
 def slow_block(block, rope):
     def forward(x, c):
-        parts = (F.silu(c) @ block.adaLN_modulation[1].weight.double().T + block.adaLN_modulation[1].bias.double())
+        parts = (
+            F.silu(c) @ block.adaLN_modulation[1].weight.double().T + block.adaLN_modulation[1].bias.double()
+        )
         s1, k1, g1, s2, k2, g2 = (p[:, None].expand(x.shape) for p in parts.split(x.shape[2], 1))
         attn = slow_attention(block.attn, rope, 2)
         x = x + g1 * attn(slow_rmsnorm(block.norm1)(x) * (1 + k1) + s1)
@@ -481,8 +566,13 @@ def slow_block(block, rope):
 @check("block", "any weights")
 def block_values():
     block = fill(make_block(), scale=0.3)
-    values(lambda x, c: block(x, c, lambda v: 2 * v), slow_block(block, lambda v: 2 * v),
-           (randn(4, 4, 8, seed=3), randn(4, 8, seed=4)), "norm, scale and shift, branch, gate, sum, twice", 1e-3)
+    values(
+        lambda x, c: block(x, c, lambda v: 2 * v),
+        slow_block(block, lambda v: 2 * v),
+        (randn(4, 4, 8, seed=3), randn(4, 8, seed=4)),
+        "norm, scale and shift, branch, gate, sum, twice",
+        1e-3,
+    )
 
 
 @check("block", "gradient")

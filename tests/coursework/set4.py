@@ -1,6 +1,21 @@
-"""Checks of set 4, training. Slow references stand in slow_ functions, which no student's process sees."""
-from checks import (Wrong, check, close, fill, gradient, math, near, nn, ok, randn, student, torch, train_dit,
-                    types, values)
+"""Checks of set 4, training. No student's process sees the slow_ functions."""
+from checks import (
+    Wrong,
+    check,
+    close,
+    fill,
+    gradient,
+    math,
+    near,
+    nn,
+    ok,
+    randn,
+    student,
+    torch,
+    train_dit,
+    types,
+    values,
+)
 
 
 # --- ema ------------------------------------------------------------------------------------------------
@@ -61,7 +76,12 @@ def lognorm_shape():
 def lognorm_normal():
     t = student(lambda: times(40000, True, 0))
     share = torch.stack([(t < v).double().mean() for v in (0.125, 0.3375, 0.5, 0.6625, 0.875)])
-    near(share, [0.0258, 0.25, 0.5, 0.75, 0.9742], 0.012, "the share of times below 0.125, 0.34, 0.5, 0.66, 0.88")
+    near(
+        share,
+        [0.0258, 0.25, 0.5, 0.75, 0.9742],
+        0.012,
+        "the share of times below 0.125, 0.34, 0.5, 0.66, 0.88",
+    )
     ok(len(t.unique()) > 35000 and t.min() > 0 and t.max() < 1, "times are not rounded, and never 0 or 1")
     ok(str(t.dtype) == "torch.float32", "float32")
 
@@ -111,8 +131,13 @@ def flow_example():
 
 
 def flow_batch():
-    return (randn(3, 4, 2, 5), torch.tensor([2, 0, 1]), torch.tensor([0.1, 0.5, 0.8]), randn(3, 4, 2, 5, seed=1),
-            torch.tensor([True, False, True]))
+    return (
+        randn(3, 4, 2, 5),
+        torch.tensor([2, 0, 1]),
+        torch.tensor([0.1, 0.5, 0.8]),
+        randn(3, 4, 2, 5, seed=1),
+        torch.tensor([True, False, True]),
+    )
 
 
 def some_model(w, seen=None):
@@ -143,7 +168,12 @@ def slow_flow(w, x1, y, t, x0, drop):
 
 @check("flow", "any batch")
 def flow_values():
-    values(flow_of, slow_flow, (torch.tensor(0.7), *flow_batch()), "velocity and direction, one number per latent")
+    values(
+        flow_of,
+        slow_flow,
+        (torch.tensor(0.7), *flow_batch()),
+        "velocity and direction, one number per latent",
+    )
 
 
 @check("flow", "gradient")
@@ -218,7 +248,10 @@ def ddpm_example():
         def model(x, t, y, drop=None):
             seen.append((x.flatten(), t))
             return torch.zeros_like(x)
-        loss, terms = train_dit.ddpm_loss(model, x1, torch.tensor([0, 0, 0]), torch.tensor([0.5, 0.5, 0.0]), x0)
+
+        loss, terms = train_dit.ddpm_loss(
+            model, x1, torch.tensor([0, 0, 0]), torch.tensor([0.5, 0.5, 0.0]), x0
+        )
         return seen[0], loss, terms
     (x, k), loss, terms = student(work)
     close(k, [500.0, 500.0, 999.0], "t = 0.5 is step 500, t = 0 is step 999")
@@ -228,8 +261,13 @@ def ddpm_example():
 
 
 def ddpm_batch():
-    return (randn(4, 3, 2, 2), torch.arange(4), torch.tensor([0.0, 0.1234, 0.7777, 1.0]), randn(4, 3, 2, 2, seed=1),
-            torch.tensor([True, False, True, False]))
+    return (
+        randn(4, 3, 2, 2),
+        torch.arange(4),
+        torch.tensor([0.0, 0.1234, 0.7777, 1.0]),
+        randn(4, 3, 2, 2, seed=1),
+        torch.tensor([True, False, True, False]),
+    )
 
 
 def ddpm_of(w, x1, y, t, x0, drop):
@@ -250,14 +288,25 @@ def slow_ddpm(w, x1, y, t, x0, drop):
 
 @check("ddpm", "any batch")
 def ddpm_values():
-    values(ddpm_of, slow_ddpm, (torch.tensor(0.7), *ddpm_batch()), "noise prediction, one number per latent", 1e-3)
+    values(
+        ddpm_of,
+        slow_ddpm,
+        (torch.tensor(0.7), *ddpm_batch()),
+        "noise prediction, one number per latent",
+        1e-3,
+    )
 
 
 @check("ddpm", "gradient")
 def ddpm_gradient():
     _, y, t, _, drop = ddpm_batch()
-    gradient(lambda w, x1, x0: ddpm_of(w, x1, y, t, x0, drop), lambda w, x1, x0: slow_ddpm(w, x1, y, t, x0, drop),
-             (torch.tensor(0.7), randn(4, 3, 2, 2), randn(4, 3, 2, 2, seed=1)), "the model's weight, x1, x0", 1e-3)
+    gradient(
+        lambda w, x1, x0: ddpm_of(w, x1, y, t, x0, drop),
+        lambda w, x1, x0: slow_ddpm(w, x1, y, t, x0, drop),
+        (torch.tensor(0.7), randn(4, 3, 2, 2), randn(4, 3, 2, 2, seed=1)),
+        "the model's weight, x1, x0",
+        1e-3,
+    )
 
 
 @check("ddpm", "what the model gets")
@@ -304,7 +353,7 @@ STEPS = (20, 300, 500, 700, 900)
 
 
 def flow_points(between):
-    """For the grader: x_t at the times of STEPS, `between` them and the next, as a student's code gets them."""
+    """x_t at the times of STEPS, `between` them and the next, as a student's code gets them."""
     _, grid = ddpm_times()
     steps = torch.tensor(STEPS)
     t = torch.lerp(grid[steps], grid[steps + 1], between).float()
@@ -329,7 +378,9 @@ def ddpm_v_between():
     got = student(lambda: [velocity_of(x0, x_t, t, torch.arange(5)) for t, _, x0, x_t in
                            (flow_points(0.0), flow_points(0.5))])
     for between, (_, seen) in zip((0.0, 0.5), got):
-        close(seen[0][1], torch.tensor(STEPS) + between, "the step is interpolated between its neighbours", 1e-4)
+        close(
+            seen[0][1], torch.tensor(STEPS) + between, "the step is interpolated between its neighbours", 1e-4
+        )
 
 
 @check("ddpm_v", "the ends of the schedule")
@@ -367,7 +418,10 @@ def draws_shapes():
 def draws_repeat():
     got = student(lambda: [draw_of(5), draw_of(5, noise=1), draw_of(6), draw_of(5, seed=4)])
     for i, name in enumerate(("t", "x0")):
-        ok(torch.equal(got[0][i], got[1][i]), f"{name}: the same seed and step must give the same, whatever was drawn before")
+        ok(
+            torch.equal(got[0][i], got[1][i]),
+            f"{name}: the same seed and step must give the same, whatever was drawn before",
+        )
         ok(not torch.equal(got[0][i], got[2][i]), f"{name}: another step must give another")
         ok(not torch.equal(got[0][i], got[3][i]), f"{name}: another seed must give another")
     ok(torch.equal(got[0][2], got[1][2]), "drop: the same seed and step must give the same")
@@ -381,7 +435,9 @@ def draws_distributions():
     near(x0.std(0), torch.ones(2, 3, 3), 0.05, "x0 is standard normal")
     near(drop.double().mean(), 0.3, 0.015, "a share class_dropout of the labels is dropped")
     logit = (t / (1 - t)).log().double()
-    table = torch.corrcoef(torch.stack([logit, x0[:, 0, 0, 0].double(), x0[:, 1, 2, 2].double(), drop.double()]))
+    table = torch.corrcoef(
+        torch.stack([logit, x0[:, 0, 0, 0].double(), x0[:, 1, 2, 2].double(), drop.double()])
+    )
     near(table, torch.eye(4), 0.04, "t, x0 and drop are independent of each other")
 
 

@@ -1,4 +1,4 @@
-"""Checks of set 5, measures. Slow references stand in slow_ functions, which no student's process sees."""
+"""Checks of set 5, measures. No student's process sees the slow_ functions."""
 from checks import check, close, fid, math, np, ok, randn, student, torch, values
 
 
@@ -23,8 +23,13 @@ def psnr_values():
 # --- inception ------------------------------------------------------------------------------------------
 @check("inception", "worked example", public=True)
 def inception_example():
-    two, one, split = student(lambda: (fid.inception_score(torch.eye(2)), fid.inception_score(torch.full((4, 3), 1 / 3)),
-                                       fid.inception_score(torch.eye(2).repeat_interleave(3, 0), split=3)))
+    two, one, split = student(
+        lambda: (
+            fid.inception_score(torch.eye(2)),
+            fid.inception_score(torch.full((4, 3), 1 / 3)),
+            fid.inception_score(torch.eye(2).repeat_interleave(3, 0), split=3),
+        )
+    )
     close(two, 2.0, "two certain rows of different classes", kind="number")
     close(one, 1.0, "equal rows", kind="number")
     close(split, 1.0, "two splits of one class each", kind="number")
@@ -89,7 +94,9 @@ def two_sets():
 @check("pr", "any features")
 def pr_values():
     reference, samples = two_sets()
-    got = student(lambda: [fid.precision_recall(reference, samples), fid.precision_recall(reference, samples, 1)])
+    got = student(
+        lambda: [fid.precision_recall(reference, samples), fid.precision_recall(reference, samples, 1)]
+    )
     for k, pair in zip((3, 1), got):
         for name, value, want in zip(("precision", "recall"), pair,
                                      slow_pr(reference.double(), samples.double(), k)):
@@ -117,7 +124,9 @@ def pr_block():
 @check("ssim", "worked example", public=True)
 def ssim_example():
     x, noise = torch.full((1, 3, 12, 12), 0.25), torch.sigmoid(randn(1, 3, 12, 12))
-    flat, dark, same = student(lambda: (fid.ssim(x, 3 * x), fid.ssim(x / 25, 3 * x / 25), fid.ssim(noise, noise)))
+    flat, dark, same = student(
+        lambda: (fid.ssim(x, 3 * x), fid.ssim(x / 25, 3 * x / 25), fid.ssim(noise, noise))
+    )
     close(flat, [0.600064], "flat images of 0.25 and 0.75: only the means count", 2e-3)
     close(dark, [0.636364], "flat images of 0.01 and 0.03: the constant c1 counts, too", 3e-5)
     close(same, [1.0], "an image is 1 like itself", 1e-4)
@@ -166,7 +175,9 @@ MEASURES = ("density cv", "gini", "normalized entropy")
 
 @check("uniformity", "worked example", public=True)
 def uniformity_example():
-    got = student(lambda: [fid.density_measures(np.array([1.0, 3.0])), fid.density_measures(np.array([2.0] * 4))])
+    got = student(
+        lambda: [fid.density_measures(np.array([1.0, 3.0])), fid.density_measures(np.array([2.0] * 4))]
+    )
     for found, want, which in zip(got, ((0.5, 0.25, 0.8112781), (0.0, 0.0, 1.0)), ("1 and 3", "2, 2, 2, 2")):
         ok(set(found) == set(MEASURES), f"the keys are {', '.join(MEASURES)}")
         for name, value in zip(MEASURES, want):
@@ -182,17 +193,32 @@ def uniformity_values():
         return fid.density_measures(given), given
     got, after = student(work)
     mean, p = d.sum() / 15, d / d.sum()
-    close(got["density cv"], math.sqrt(sum((v - mean) ** 2 for v in d) / 15) / mean, "density cv", 1e-6, "number")
-    close(got["gini"], sum(abs(u - v) for u in d for v in d) / (2 * 225 * mean), "gini: all pairs, in any order",
-          1e-6, "number")
-    close(got["normalized entropy"], -(p * np.log(p)).sum() / math.log(15), "normalized entropy", 1e-6, "number")
+    close(
+        got["density cv"],
+        math.sqrt(sum((v - mean) ** 2 for v in d) / 15) / mean,
+        "density cv",
+        1e-6,
+        "number",
+    )
+    close(
+        got["gini"],
+        sum(abs(u - v) for u in d for v in d) / (2 * 225 * mean),
+        "gini: all pairs, in any order",
+        1e-6,
+        "number",
+    )
+    close(
+        got["normalized entropy"], -(p * np.log(p)).sum() / math.log(15), "normalized entropy", 1e-6, "number"
+    )
     close(after, d, "d itself must not be changed", kind="any")
 
 
 # --- frechet --------------------------------------------------------------------------------------------
 @check("frechet", "worked example", public=True)
 def frechet_example():
-    got = student(lambda: fid.frechet_distance(np.array([3.0, 4.0]), np.diag([4.0, 9.0]), np.zeros(2), np.eye(2)))
+    got = student(
+        lambda: fid.frechet_distance(np.array([3.0, 4.0]), np.diag([4.0, 9.0]), np.zeros(2), np.eye(2))
+    )
     close(got, 30.0, "25 + 13 + 2 - 2 (2 + 3)", 1e-6, "number")
 
 
@@ -223,7 +249,13 @@ def frechet_values():
 def frechet_singular():
     full, flat = covariance(6, 50, 0), covariance(6, 4, 1)
     got = student(lambda: fid.frechet_distance(np.zeros(6), full, np.zeros(6), flat))
-    close(got, slow_frechet(np.zeros(6), full, np.zeros(6), flat), "fewer samples than dimensions", 1e-4, "number")
+    close(
+        got,
+        slow_frechet(np.zeros(6), full, np.zeros(6), flat),
+        "fewer samples than dimensions",
+        1e-4,
+        "number",
+    )
 
 
 @check("frechet", "to itself")
@@ -248,8 +280,11 @@ def frechet_precise():
 def resize_example():
     x = torch.tensor([[[[0.0, 8.0], [4.0, 12.0]]]])
     got = student(lambda: fid.resize_tf1(x, 4))
-    close(got, [[[[0.0, 4.0, 8.0, 8.0], [2.0, 6.0, 10.0, 10.0], [4.0, 8.0, 12.0, 12.0], [4.0, 8.0, 12.0, 12.0]]]],
-          "2x2 to 4x4: output i comes from input 2 i / 4, no further than the last pixel")
+    close(
+        got,
+        [[[[0.0, 4.0, 8.0, 8.0], [2.0, 6.0, 10.0, 10.0], [4.0, 8.0, 12.0, 12.0], [4.0, 8.0, 12.0, 12.0]]]],
+        "2x2 to 4x4: output i comes from input 2 i / 4, no further than the last pixel",
+    )
 
 
 def slow_resize(x, size, step=1):
@@ -268,13 +303,20 @@ def slow_resize(x, size, step=1):
 
 @check("resize", "larger")
 def resize_larger():
-    values(lambda x: fid.resize_tf1(x, 13), lambda x: slow_resize(x, 13), (randn(2, 3, 5, 8),), "5x8 to 13x13")
+    values(
+        lambda x: fid.resize_tf1(x, 13), lambda x: slow_resize(x, 13), (randn(2, 3, 5, 8),), "5x8 to 13x13"
+    )
 
 
 @check("resize", "smaller")
 def resize_smaller():
-    values(lambda x: [fid.resize_tf1(x, 7), fid.resize_tf1(x, 16)], lambda x: [slow_resize(x, 7), slow_resize(x, 16)],
-           (randn(2, 3, 16, 12),), "16x12 to 7x7, without antialias, and to 16x16", 1e-4)
+    values(
+        lambda x: [fid.resize_tf1(x, 7), fid.resize_tf1(x, 16)],
+        lambda x: [slow_resize(x, 7), slow_resize(x, 16)],
+        (randn(2, 3, 16, 12),),
+        "16x12 to 7x7, without antialias, and to 16x16",
+        1e-4,
+    )
 
 
 @check("resize", "299 pixels")

@@ -1,4 +1,4 @@
-"""Checks of set 6, sampling. Slow references stand in slow_ functions, which no student's process sees."""
+"""Checks of set 6, sampling. No student's process sees the slow_ functions."""
 from checks import check, close, near, ok, randn, sample, student, torch, types
 
 
@@ -24,7 +24,7 @@ def curved(x, t):
 
 
 def integrated(method):
-    """The student's integrator on an uneven grid: x at the end, the times of its evaluations, x as it was given."""
+    """The student's integrator on an uneven grid: x at the end, when it was evaluated, x as given, grid."""
     ts, times, x = torch.tensor([0.1, 0.15, 0.2, 0.6, 0.9], dtype=torch.float64), [], 0.5 * randn(2, 3, 2, 2)
 
     def velocity(x, t):
@@ -35,7 +35,10 @@ def integrated(method):
 
 def compare_integral(got, step, times):
     x, seen, given, ts = got
-    ok(str(x.dtype) == "torch.float64" or str(x.dtype) == "torch.float32", f"x is a float tensor: got {x.dtype}")
+    ok(
+        str(x.dtype) == "torch.float64" or str(x.dtype) == "torch.float32",
+        f"x is a float tensor: got {x.dtype}",
+    )
     close(x, slow_integral(step, 0.5 * randn(2, 3, 2, 2), ts), "x after all steps", 1e-4, str(x.dtype)[6:])
     near(sorted(seen), sorted(times), 1e-6, "when the velocity is evaluated")
     ok(torch.equal(given, 0.5 * randn(2, 3, 2, 2)), "x itself must not be changed")
@@ -50,8 +53,14 @@ def euler_values():
 @check("shift", "worked example", public=True)
 def shift_example():
     t = torch.tensor([0.0, 0.5, 1.0])
-    got = student(lambda: (sample.shift_timesteps(t, 0.3), sample.shift_timesteps(t, 1.0), sample.shift_timesteps(0.5, 0.3),
-                           sample.time_grid(grid_settings(3, 0.3))))
+    got = student(
+        lambda: (
+            sample.shift_timesteps(t, 0.3),
+            sample.shift_timesteps(t, 1.0),
+            sample.shift_timesteps(0.5, 0.3),
+            sample.time_grid(grid_settings(3, 0.3)),
+        )
+    )
     close(got[0], [0.0, 0.230769, 1.0], "shift 0.3")
     close(got[1], [0.0, 0.5, 1.0], "shift 1 changes nothing")
     close(got[2], 0.230769, "a number, too", kind="number")
@@ -82,7 +91,9 @@ def shift_grid():
     cases = ((2, 1.0), (5, 1.0), (250, 0.3))
     for (points, s), got in zip(cases, student(lambda: [sample.time_grid(grid_settings(*c)) for c in cases])):
         plain = torch.arange(points, dtype=torch.float64) / (points - 1)
-        close(got, s * plain / (1 + (s - 1) * plain), f"{points} points from 0 to 1, shift {s}", 1e-9, "float64")
+        close(
+            got, s * plain / (1 + (s - 1) * plain), f"{points} points from 0 to 1, shift {s}", 1e-9, "float64"
+        )
 
 
 @check("heun", "worked example", public=True)
@@ -125,7 +136,11 @@ def guidance_example():
     got = student(lambda: [sample.guided_velocity(ClassModel(), x, 0.4, y, 3.0, **more) for more in
                            ({}, {"channels": 1}, {"interval_start": 0.5})])
     close(got[0], torch.tensor([4.0, 4.0]).view(1, 2, 1, 1), "v_class = 2, v_null = 1, scale 3")
-    close(got[1], torch.tensor([4.0, 2.0]).view(1, 2, 1, 1), "the first channel is guided, the second is v_class")
+    close(
+        got[1],
+        torch.tensor([4.0, 2.0]).view(1, 2, 1, 1),
+        "the first channel is guided, the second is v_class",
+    )
     close(got[2], torch.tensor([2.0, 2.0]).view(1, 2, 1, 1), "before interval_start: v_class")
 
 
@@ -172,7 +187,10 @@ def guidance_values():
     for (null, _, channels), (v, _) in zip(GUIDED, got):
         close(v, slow_guided(randn(3, 4, 2, 2).double(), torch.tensor([0, 2, 5]), null, channels),
               f"null class {null}, channels {channels}: guided first, v_class on the rest", 1e-3)
-    ok(torch.equal(x, randn(3, 4, 2, 2)) and y.tolist() == [0, 2, 5], "x and y themselves must not be changed")
+    ok(
+        torch.equal(x, randn(3, 4, 2, 2)) and y.tolist() == [0, 2, 5],
+        "x and y themselves must not be changed",
+    )
 
 
 @check("guidance", "what the model gets")
@@ -185,8 +203,14 @@ def guidance_model():
         ok(sorted(classes) == sorted([0, 2, 5] + extra), "the model sees each class and the null class, once")
 
 
-INTERVAL = ((3.0, 0.25, 0.25, True), (3.0, 0.2, 0.25, False), (3.0, "0-d", 0.25, False), (1.0, 0.9, 0.25, False),
-            (0.0, 0.9, 0.25, True), (3.0, 0.0, 0.0, True))
+INTERVAL = (
+    (3.0, 0.25, 0.25, True),
+    (3.0, 0.2, 0.25, False),
+    (3.0, "0-d", 0.25, False),
+    (1.0, 0.9, 0.25, False),
+    (0.0, 0.9, 0.25, True),
+    (3.0, 0.0, 0.0, True),
+)
 
 
 @check("guidance", "the interval")
@@ -195,20 +219,32 @@ def guidance_interval():
         out = []
         for scale, t, start, _ in INTERVAL:
             model, t = ClassModel(), torch.tensor(0.2) if t == "0-d" else t
-            v = sample.guided_velocity(model, randn(2, 3, 2, 2), t, torch.tensor([1, 4]), scale, interval_start=start)
+            v = sample.guided_velocity(
+                model, randn(2, 3, 2, 2), t, torch.tensor([1, 4]), scale, interval_start=start
+            )
             out.append((v, sum(len(y) for _, _, y in model.seen)))
         return out
     plain = torch.tensor([2.0, 5.0]).view(2, 1, 1, 1).expand(2, 3, 2, 2)
     for (scale, t, start, guided), (v, rows) in zip(INTERVAL, student(work)):
-        close(v, 1 + scale * (plain - 1) if guided else plain, f"scale {scale}, t = {t}, interval from {start}")
-        ok(rows == (4 if guided else 2),
-           f"scale {scale}, t = {t}, interval from {start}: the model must see {4 if guided else 2} rows, not {rows}")
+        close(
+            v, 1 + scale * (plain - 1) if guided else plain, f"scale {scale}, t = {t}, interval from {start}"
+        )
+        ok(
+            rows == (4 if guided else 2),
+            f"scale {scale}, t = {t}, interval from {start}: the model must see "
+            f"{4 if guided else 2} rows, not {rows}",
+        )
 
 
 # --- draw -----------------------------------------------------------------------------------------------
 def drawn(indices, labels="random", seed=3, listed=(0, 1, 2, 3, 4)):
-    system = types.SimpleNamespace(shape=(2, 3, 3), device=torch.device("cpu"), classes=["a", "b", "c", "d", "e"],
-                                   listed=listed, model=None)
+    system = types.SimpleNamespace(
+        shape=(2, 3, 3),
+        device=torch.device("cpu"),
+        classes=["a", "b", "c", "d", "e"],
+        listed=listed,
+        model=None,
+    )
     return sample.draw(system, types.SimpleNamespace(seed=seed, labels=labels), indices)
 
 
@@ -241,8 +277,13 @@ def draw_repeat():
 
 @check("draw", "classes")
 def draw_classes():
-    balanced, listed, random = student(lambda: [drawn(range(7), "balanced")[1], drawn([4, 0, 7], "3,1", listed=[3, 1])[1],
-                                                drawn(range(4000))[1]])
+    balanced, listed, random = student(
+        lambda: [
+            drawn(range(7), "balanced")[1],
+            drawn([4, 0, 7], "3,1", listed=[3, 1])[1],
+            drawn(range(4000))[1],
+        ]
+    )
     ok(balanced.tolist() == [0, 1, 2, 3, 4, 0, 1], "balanced: sample i has class i mod 5")
     ok(listed.tolist() == [3, 3, 1], "a list: sample i has its entry i mod the length")
     near(torch.bincount(random, minlength=5).double() / 4000, [0.2] * 5, 0.025, "random: all classes alike")

@@ -1,6 +1,8 @@
-"""The process in which students' code runs. It is started from a copy in an empty folder and is told, for each
-exercise, the scripts without this exercise's functions, the student's file, and the asking half of the checks.
-It knows no expected value, no slow reference, and not where the repository is. Each exercise is a fork of it."""
+"""The process in which students' code runs. It is started from a copy in an empty folder and is told, for
+each exercise, the scripts without this exercise's functions, the student's file, and the asking half of the
+checks. It knows no expected value, no slow reference, and not where the repository is. Each exercise is a
+fork of it."""
+
 import ast
 import base64
 import gc
@@ -88,7 +90,7 @@ def new_part(node, known):
 
 
 def assemble(reference, student, names, file):
-    """The given source with the student's version of these functions -> (tree, the student's part); NotGraded.
+    """The given source with the student's version of these functions -> (tree, student's part); NotGraded.
 
     With it come the imports, functions, constants and methods that the student added, as far as it uses them,
     and the statements that fill them.
@@ -177,9 +179,23 @@ class Scripts:
         exec(self.code[module.__name__], module.__dict__)   # noqa: S102
 
 
-FORBIDDEN = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.forkpty", "os.kill",
-             "os.killpg", "ctypes.dlopen", "socket.connect", "socket.bind", "gc.get_objects", "gc.get_referrers",
-             "gc.get_referents", "shutil.rmtree")
+FORBIDDEN = (
+    "subprocess.Popen",
+    "os.system",
+    "os.exec",
+    "os.posix_spawn",
+    "os.fork",
+    "os.forkpty",
+    "os.kill",
+    "os.killpg",
+    "ctypes.dlopen",
+    "socket.connect",
+    "socket.bind",
+    "gc.get_objects",
+    "gc.get_referrers",
+    "gc.get_referents",
+    "shutil.rmtree",
+)
 
 
 def guard(folder):
@@ -195,9 +211,9 @@ def guard(folder):
             path = args[0] if args else None
             if isinstance(path, bytes):
                 path = os.fsdecode(path)
-            if isinstance(path, (str, os.PathLike)) and str(path) != os.devnull:
-                if not (os.path.realpath(path) + os.sep).startswith(own):
-                    raise PermissionError(f"{path} is outside the exercise's folder")
+            named = isinstance(path, (str, os.PathLike)) and str(path) != os.devnull
+            if named and not (os.path.realpath(path) + os.sep).startswith(own):
+                raise PermissionError(f"{path} is outside the exercise's folder")
     sys.addaudithook(hook)
 
 
@@ -253,8 +269,13 @@ def examine(job, send, folder):
 
 
 def limits(timeout):
-    for what, most in ((resource.RLIMIT_CORE, 0), (resource.RLIMIT_FSIZE, 1 << 28), (resource.RLIMIT_NPROC, 4096),
-                       (resource.RLIMIT_DATA, 8 << 30), (resource.RLIMIT_CPU, int(timeout) + 10)):
+    for what, most in (
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_FSIZE, 1 << 28),
+        (resource.RLIMIT_NPROC, 4096),
+        (resource.RLIMIT_DATA, 2 << 30),
+        (resource.RLIMIT_CPU, int(timeout) + 10),
+    ):
         hard = resource.getrlimit(what)[1]
         resource.setrlimit(what, (most if hard < 0 else min(most, hard),) * 2)
 
