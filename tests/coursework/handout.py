@@ -40,22 +40,26 @@ def stubbed(file, exercises, source=None):
 
 
 # --- The student's own tests ----------------------------------------------------------------------------
-IMPORTS = {"math": "import math", "types": "import types", "np": "import numpy as np",
-           "torch": "import torch", "F": "import torch.nn.functional as F", "nn": "from torch import nn"}
-IMPORTS |= {name[:-3]: f"import {name[:-3]}" for name in SCRIPTS}
+IMPORTS = [  # in the order in which ruff wants them
+    {"math": "import math", "types": "import types"},
+    {"np": "import numpy as np", "torch": "import torch", "F": "import torch.nn.functional as F",
+     "nn": "from torch import nn"},
+    {name[:-3]: f"import {name[:-3]}" for name in sorted(SCRIPTS)}]
 ASK = '''def student(work):
     """Your answer."""
     return work()'''
 
 
 def definitions(path):
-    """{name: (tree without decorators, its text)} of the functions and classes of a file."""
+    """{name: (tree without decorators, its text)} of the functions, classes and constants of a file."""
     source, found = path.read_text(), {}
     lines = source.splitlines()
     for n in ast.parse(source).body:
         if isinstance(n, (ast.FunctionDef, ast.ClassDef)):
             n.decorator_list.clear()
             found[n.name] = n, "\n".join(lines[n.lineno - 1:n.end_lineno])
+        elif isinstance(n, ast.Assign) and isinstance(n.targets[0], ast.Name):
+            found[n.targets[0].id] = n, "\n".join(lines[n.lineno - 1:n.end_lineno])
     return found
 
 
@@ -78,12 +82,13 @@ def public_tests(exercises):
     parts, used = [ASK], set()
     for name, (node, text) in known.items():
         if name in needed or name in tests:
-            used |= words(node)
+            used |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
             parts.append(text.replace(f"def {name}(", f"def {tests.get(name, name)}(", 1))
     head = [
         '"""Your own check: python -m pytest -k KEY, keys as in ASSIGNMENT.md. The grader looks further."""'
     ]
-    head += [line for name, line in IMPORTS.items() if name in used]
+    groups = ["\n".join(line for name, line in group.items() if name in used) for group in IMPORTS]
+    head.append("\n\n".join(filter(None, groups)))
     return "\n\n\n".join(["\n".join(head), *parts]) + "\n"
 
 

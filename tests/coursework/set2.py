@@ -35,6 +35,10 @@ class LinearVAE:
         z = mean + noise
         return z / 2, z, types.SimpleNamespace(mean=mean)
 
+    def encode(self, x):
+        mean = 2 * x[:, :2]
+        return types.SimpleNamespace(mean=mean, sample=lambda noise=None: mean + noise)
+
     def decode(self, z):
         return z / 2
 
@@ -310,14 +314,18 @@ def teacher_grid():
 @check("teacher", "a frozen target")
 def teacher_frozen():
     def work():
-        teacher = vf_loss.FoundationModel(nn.Conv2d(3, 3, 1), lambda net, x: net(x).to(torch.bfloat16), 3, 0,
-                                          (0.5,) * 3, (0.5,) * 3)
-        x = randn(1, 3, 4, 4).requires_grad_()
-        f = teacher(x, (4, 4))
-        return str(f.dtype), f.requires_grad
-    dtype, has_gradient = student(work)
+        casts = []
+
+        def tokens(net, x):
+            casts.append(torch.is_autocast_enabled("cpu"))
+            return net(x).to(torch.bfloat16)
+        teacher = vf_loss.FoundationModel(nn.Conv2d(3, 3, 1), tokens, 3, 0, (0.5,) * 3, (0.5,) * 3)
+        f = teacher(randn(1, 3, 4, 4).requires_grad_(), (4, 4))
+        return str(f.dtype), f.requires_grad, casts
+    dtype, has_gradient, casts = student(work)
     ok(not has_gradient, "features are a target: no gradient through the foundation model")
     ok(dtype == "torch.float32", f"features are float32 whatever the network gives: got {dtype}")
+    ok(list(casts) == [False], "the network is called once, and on a CPU in float32")
 
 
 # --- step -----------------------------------------------------------------------------------------------

@@ -323,7 +323,7 @@ def ddpm_model():
     ok(seen[0][3] is not None and torch.equal(seen[0][3], drop), "drop")
 
 
-# --- ddpm_v ---------------------------------------------------------------------------------------------
+# --- adapter ---------------------------------------------------------------------------------------------
 def ddpm_times():
     """For the grader's side: alpha_bar and the time of each step."""
     a = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
@@ -340,8 +340,8 @@ def velocity_of(eps, x, t, y):
     return train_dit.ddpm_velocity(model)(x, t, y), seen
 
 
-@check("ddpm_v", "worked example", public=True)
-def ddpm_v_example():
+@check("adapter", "worked example", public=True)
+def adapter_example():
     half = torch.full((1, 1, 1, 1), 0.5)
     v, seen = student(lambda: velocity_of(half, 2 * half, torch.tensor([0.225083]), torch.tensor([0])))
     close(seen[0][1], [500.0], "t = 0.2251 is DDPM's step 500", 1e-4)
@@ -361,8 +361,8 @@ def flow_points(between):
     return t, x1, x0, torch.stack([c * p + (1 - c) * n for c, p, n in zip(t, x1, x0)])
 
 
-@check("ddpm_v", "a perfect predictor")
-def ddpm_v_values():
+@check("adapter", "a perfect predictor")
+def adapter_values():
     got = student(lambda: [velocity_of(x0, x_t, t, torch.arange(5)) for t, _, x0, x_t in
                            (flow_points(0.0), flow_points(0.5))])
     for between, (v, seen) in zip((0.0, 0.5), got):
@@ -373,8 +373,8 @@ def ddpm_v_values():
         close(seen[0][0], x_t / (c ** 2 + (1 - c) ** 2).sqrt(), "the predictor sees x on DDPM's scale", 1e-3)
 
 
-@check("ddpm_v", "between two steps")
-def ddpm_v_between():
+@check("adapter", "between two steps")
+def adapter_between():
     got = student(lambda: [velocity_of(x0, x_t, t, torch.arange(5)) for t, _, x0, x_t in
                            (flow_points(0.0), flow_points(0.5))])
     for between, (_, seen) in zip((0.0, 0.5), got):
@@ -383,8 +383,8 @@ def ddpm_v_between():
         )
 
 
-@check("ddpm_v", "the ends of the schedule")
-def ddpm_v_corner():
+@check("adapter", "the ends of the schedule")
+def adapter_corner():
     x, eps = randn(2, 2, 2, 2), 0.25 * torch.ones(2, 2, 2, 2)
     v, seen = student(lambda: velocity_of(eps, x, torch.tensor([0.0, 1.0]), torch.tensor([0, 1])))
     _, grid = ddpm_times()

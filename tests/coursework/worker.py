@@ -90,12 +90,12 @@ def new_part(node, known):
 
 
 def assemble(reference, student, names, file):
-    """The given source with the student's version of these functions -> (tree, student's part); NotGraded.
+    """The given tree with the student's version of these functions -> (tree, student's part); NotGraded.
 
     With it come the imports, functions, constants and methods that the student added, as far as it uses them,
     and the statements that fill them.
     """
-    theirs, tree = parse(student, file), ast.parse("\n" * SCRIPT_LINES + reference)
+    theirs, tree = parse(student, file), reference
     known = set().union(*map(bound, tree.body))
     functions, methods, bodies, stubs = [], [], [], 0
     for name in names:
@@ -245,7 +245,7 @@ def answer(function, file, encode):
 def examine(job, send, folder):
     file = job["file"]
     try:
-        tree, part = assemble(job["given"], job["source"], job["names"], file)
+        tree, part = assemble(job["tree"], job["source"], job["names"], file)
         code = {name: marshal.loads(base64.b64decode(text)) for name, text in job["code"].items()}
         code[file[:-3]] = compile(tree, file, "exec")
     except NotGraded as error:
@@ -371,8 +371,12 @@ def main():
     torch.set_num_threads(1)   # no threads: they would not live through a fork
     gc.freeze()   # what is there now need not be looked at, and so not copied, in each fork
     print(json.dumps({"missing": None}), file=reply, flush=True)
+    key, tree = None, None
     for line in sys.stdin:
-        print(json.dumps(supervise(json.loads(line))), file=reply, flush=True)
+        job = json.loads(line)
+        if job["key"] != key:    # one tree only: it holds the solutions of other exercises
+            key, tree = job["key"], ast.parse("\n" * SCRIPT_LINES + job["given"])
+        print(json.dumps(supervise(job | {"tree": tree})), file=reply, flush=True)
 
 
 if __name__ == "__main__":
