@@ -89,7 +89,7 @@ class Attention(nn.Module):
     def forward(self, x, rope):
         B, N, D = x.shape
         qkv = self.qkv(x).view(B, N, 3, self.num_heads, D // self.num_heads)
-        # unbind before transpose: so the gradient of qkv is written once, in the layout that qkv has
+        # unbinding before transposing lets autograd write the gradient of qkv once, in its own layout
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # 3 x (B, heads, N, D/heads)
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
@@ -103,7 +103,8 @@ def modulate(x, shift, scale):
     return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 def layer_norm(width, use_rmsnorm):
-    """The norm before a branch. DiT's has no weights of its own, since adaLN scales and shifts after it."""
+    """The norm before a branch. DiT's LayerNorm has no weights, since adaLN scales and shifts after it;
+    RMSNorm keeps its weight (authors' code)."""
     return RMSNorm(width) if use_rmsnorm else nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
 
 class Block(nn.Module):
@@ -149,7 +150,7 @@ class TimestepEmbedder(nn.Module):
         i = torch.arange(self.half, dtype=torch.float32, device=t.device)  # (128,)
         angle = t.float()[:, None] * torch.exp(-math.log(10000.0) * i / self.half)  # (B, 128)
         waves = torch.cat([angle.cos(), angle.sin()], dim=1)  # (B, 256)
-        # the cast is for models that are bf16 themselves, which autocast does not help
+        # the cast is for models whose weights are bf16, used without autocast
         return self.mlp(waves.to(self.mlp[0].weight.dtype))  # (B, D)
 
 class LabelEmbedder(nn.Module):
@@ -182,7 +183,8 @@ class LightningDiT(nn.Module):
     """LightningDiT [Sec. 4]. The defaults are XL/1 for f16d32 latents of 256x256 images, 675 M weights.
     input_size: side S of the latent. patch_size: p; "we set the patch size of DiT to 1" [Sec. 5.1].
     in_channels: C. use_swiglu, use_rmsnorm, use_rope: rows 6, 7 and 8 of Table 1. use_qknorm: an option of
-    the authors' code, off in the paper. ValueError if the sizes are not multiples of each other."""
+    the authors' code, off in the paper. ValueError unless patch_size divides input_size and 4 * num_heads
+    divides hidden_size."""
     def __init__(self, input_size=16, patch_size=1, in_channels=32, hidden_size=1152, depth=28, num_heads=16,
                  mlp_ratio=4.0, num_classes=1000, class_dropout_prob=0.1, use_qknorm=False, use_swiglu=True,
                  use_rope=True, use_rmsnorm=True):

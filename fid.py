@@ -44,12 +44,12 @@ class Settings:
     unfinished: bool = False  # accept a tokenizer whose training is not finished
     samples: str = ""
         # images to score: a folder, an .npz batch or a run; default OUT/samples.npz. If it is named,
-        # scores.json is written only if --out is named, too
-    reference: str = ""  # what they are compared with: the same, or ADM's .npz; default: training images
+        # scores.json is written only into an --out that is not the default
+    reference: str = ""  # images to compare them with, a folder, .npz or run; default: training images
     data: str = ""  # data set whose test images are reconstructed; default: the tokenizer's
     image_size: int = 0  # side of its images in pixels; 0: the tokenizer's
     # The more images, the lower the FID: 50,000 in Table 3 and of validation images, 10,000 in Table 2.
-    num: int = 50_000  # images of each kind at most; of more, a random subset
+    num: int = 50_000  # score at most this many images of each kind, chosen at random
     # --- how. ADM's network ran in TensorFlow 1, whose resizing shifts every feature a little. The gFIDs of
     # the authors' ablations take pytorch-fid's input against ADM's statistics; both can be chosen.
     features: str = opt("auto", choices=("auto", "inception", "mini"))
@@ -57,18 +57,19 @@ class Settings:
     inception_input: str = opt("tf", choices=("tf", "pytorch-fid"))  # how samples are resized for it
     # The next three choices are those of the authors' code for tokenizers. The crop alone changes PSNR by up
     # to 1.9 dB. LightningDiT learns from samples of the posterior, too.
-    rfid_input: str = opt("pytorch-fid", choices=("tf", "pytorch-fid"))  # the same for rFID
-    crop: str = opt("resize", choices=("resize", "adm"))  # of test images: the authors', or ADM's
+    rfid_input: str = opt("pytorch-fid", choices=("tf", "pytorch-fid"))  # how images are resized for rFID
+    crop: str = opt("resize", choices=("resize", "adm"))  # of test images; resize: the authors'
     posterior: str = opt("sample", choices=("sample", "mode"))  # what is decoded
     lpips: bool = True  # LPIPS of reconstructions; VGG16's weights are downloaded once
     score_net_steps: int = 250  # training steps of ScoreNet, the network of --features mini
     cache: str = ""  # folder of ScoreNet, which runs may share; default OUT
     uniformity: str = ""  # score these instead: vectors (N, d) as .npy or .pt, or a folder of latents
-    embedding: str = opt("tsne", choices=("tsne", "pca"))  # to points in a plane; tsne needs scikit-learn
+    embedding: str = opt("tsne", choices=("tsne", "pca"))
+        # how vectors become points in a plane; tsne needs scikit-learn
     uniformity_seeds: int = 3  # mean and std are over this many seeds
     seed: int = 1000  # of ScoreNet (not the teacher's seed), posterior and t-SNE
     batch_size: int = 64  # images at once
-    workers: int = 8  # loading processes of each process
+    workers: int = 8  # loading processes per process
     device: str = opt("auto", choices=("auto", "cuda", "cpu"))  # auto: CUDA if there is a GPU
 
 # For two CPU cores (our choice): everything from the run's own images, in seconds, without a download.
@@ -82,13 +83,13 @@ def gaussian(x):
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """Mean (d,) and covariance (d, d) of two sets -> the Frechet distance of the two Gaussians.
-    It is the FID in Inception's pooled features and the sFID in its spatial ones. We do not use scipy's
-    sqrtm, whose version 1.11.2 gave an FID of 20.65 for 5.14 (in an issue of the authors' code)."""
+    It is the FID in Inception's pooled features and the sFID in its spatial ones. SciPy 1.11.2's sqrtm gave
+    an FID of 20.65 instead of 5.14 (the authors' issues), so it is not used."""
     mu1, sigma1, mu2, sigma2 = [torch.as_tensor(v).cpu().double() for v in (mu1, sigma1, mu2, sigma2)]
 
     def factor(sigma):  # L (d, r), L L^T = sigma (d, d), of rank r
         values, vectors = torch.linalg.eigh(sigma)
-        # rounding errors of 1e-16 have roots of 1e-8, and 2048 of those would be a visible distance
+        # an eigenvalue that should be 0 is about 1e-16 and its root 1e-8; 2048 such roots would be visible
         kept = values > len(values) * torch.finfo(torch.float64).eps * values[-1].clamp(min=0)
         return vectors[:, kept] * values[kept].sqrt()
 
@@ -100,8 +101,8 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
 def inception_score(probs, split=5000):
     """Class probabilities (N, C) -> inception score in [1, C]: the mean over contiguous splits, of which the
-    last may be short. It needs no reference: it asks whether each image surely belongs to some class, and all
-    of them together to many. The size of a split matters, since the score grows with it; 5,000 is ADM's."""
+    last may be short. It needs no reference: it is high if each image clearly belongs to one class and all
+    images together to many. The size of a split matters, since the score grows with it; 5,000 is ADM's."""
     scores = []
     for p in torch.as_tensor(probs).double().split(split):  # (split, C)
         # KL_i = sum_c p_ic (log p_ic - log q_c), q = mean_i p_i; xlogy makes 0 log 0 = 0
@@ -130,7 +131,7 @@ def precision_recall(reference, samples, k=3, block=2000):
 
 def compare(ours, reference, prefix=""):
     """The features_of some samples and of a reference -> {prefix + name: value}: FID, sFID, IS, precision and
-    recall; None where the reference lacks what is needed."""
+    recall; None where the reference lacks what is needed, or there are fewer than four images."""
     values = dict.fromkeys(("FID", "sFID", "IS", "precision", "recall"))
     for name, mu, sigma in (("FID", "mu", "sigma"), ("sFID", "mu_s", "sigma_s")):
         if {mu, sigma} <= reference.keys():
@@ -200,8 +201,8 @@ def embed(z, how, seed):
 
 # --- The network behind every FID -------------------------------------------------------------------
 def resize_tf1(x, size=299):
-    """(B, C, H, W) -> (B, C, size, size), bilinear as in TensorFlow 1: without antialias, corner on
-    corner."""
+    """(B, C, H, W) -> (B, C, size, size), bilinear as in TensorFlow 1: without antialiasing or half-pixel
+    offset, so that only the top left pixels coincide."""
     def weights(n):  # (size, n): the weight of each of n pixels, which falls to 0 at the next one
         # source = destination * scale, where everybody else has (destination + 1/2) * scale - 1/2
         source = (torch.arange(size, device=x.device) * (n / size)).clamp(max=n - 1)
@@ -219,8 +220,8 @@ class FIDInception(nn.Module):
         load_weights(inception, state_dict, path)
         self.input, self.fc = input, inception.fc
         # It is torchvision's network except for two quirks of the graph of 2015, with which the weights were
-        # trained: average pools do not count the padding, and the one in the last of nine blocks is a max
-        # pool.
+        # trained: nine blocks pool without counting the padding, and the last of them takes the maximum, not
+        # the mean.
         self.net = create_feature_extractor(inception, ["Mixed_6d", "avgpool"])
         pools = [node for node in self.net.graph.nodes if node.target is F.avg_pool2d]
         for node in pools:
@@ -236,7 +237,7 @@ class FIDInception(nn.Module):
         else:
             x = 2 * F.interpolate(x / 255, (299, 299), mode="bilinear") - 1
         x = self.net(x)  # {"Mixed_6d": (B, 768, 17, 17), "avgpool": (B, 2048, 1, 1)}
-        # The features of sFID still know where things are. TensorFlow's mixed_6/conv is Mixed_6d.branch1x1 in
+        # The features of sFID keep their positions. TensorFlow's mixed_6/conv is Mixed_6d.branch1x1 in
         # a public map of the weights, taken here after its ReLU (not verified in TensorFlow). Seven channels
         # of it have about as many values as pool has.
         spatial = x["Mixed_6d"][:, :7].permute(0, 2, 3, 1).flatten(1)  # (B, 17 * 17 * 7)
@@ -363,13 +364,13 @@ def map_npz(path, archive, name):
         file.seek(entry.header_offset + 26)  # the lengths of the entry's name and of its extra field
         file.seek(sum(struct.unpack("<HH", file.read(4))), os.SEEK_CUR)
         np.lib.format.read_magic(file)
-        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-        return np.memmap(path, dtype, "r", file.tell(), shape)
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+        return np.memmap(path, dtype, "r", file.tell(), shape, "F" if fortran else "C")
 
 # --- Features of many images -----------------------------------------------------------------------
 def batches(images, s, world, title):
-    """At most --num images, of which each process takes one contiguous share: pairs of indices, a list, and
-    images (B, 3, H, W) on the device."""
+    """Yield (list of indices, images (B, 3, H, W) on the device) for this process's share of at most --num
+    images."""
     chosen = random_subset(len(images), s.num)
     require(len(chosen) >= max(2, world.size), f"{title}: {len(chosen)} images are too few")
     mine = [part.tolist() for part in chosen.tensor_split(world.size)[world.rank].split(s.batch_size)]
@@ -406,7 +407,7 @@ def score_net(classifier, images):
 
 INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
                  "pt_inception-2015-12-05-6726825d.pth")
-INCEPTION_HASH = "sha256:6726825d"  # by torch.hub's custom, the name says how it begins
+INCEPTION_HASH = "sha256:6726825d"  # torch.hub puts the first digits of a file's hash into its name
 
 def feature_network(s, run, world, input="tf"):
     """(network, its description): FID's Inception, or ScoreNet, which the first process trains and keeps in
@@ -449,7 +450,7 @@ def main(s, world):
     model, run = (None, {}) if pair else open_tokenizer(s, world)
     kinds, reference = open_images(s, run, pair)
     if s.samples and not s.vae:
-        model = None  # images by name: the tokenizer in OUT only says with which others to compare them
+        model = None  # the tokenizer in OUT only says which images are the reference
     require(model or kinds, f"nothing to score in {s.out}: run train_vae.py first, or name --samples")
     net, description = feature_network(s, run, world, s.inception_input)
     prefix, scores = "mini-" if s.features == "mini" else "", {}
@@ -459,7 +460,9 @@ def main(s, world):
         scores["tokenizer"] = {"values": {prefix + "rFID": values.pop("rFID"), **values}, "settings": run,
                                "images": min(s.num, len(test)), "source": s.vae, "against": test.name,
                                "crop": s.crop, "posterior": s.posterior, "rfid_input": s.rfid_input}
-    target = features_of(reference, net, s, world) | reference.statistics if kinds else {}
+    target = features_of(reference, net, s, world) if kinds else {}
+    if kinds and s.features == "inception":  # the statistics in a file are of Inception's features
+        target |= reference.statistics
     for kind, images in kinds.items():
         ours = features_of(images, net, s, world)
         values = compare(ours, target, prefix)
@@ -496,12 +499,14 @@ def open_images(s, run, pair):
         return {}, None
     kinds = {"samples": ImageBatch(s.samples or s.out, s.image_size)}
     made_by = kinds["samples"].meta.get("tokenizer_fingerprint")
-    require(s.samples or made_by == run.get("fingerprint", made_by),
+    require(s.samples or made_by in (None, run.get("fingerprint", made_by)),
             f"{kinds['samples'].name} was decoded by another tokenizer than {s.vae}: run train_dit.py and "
             "sample.py again, or name the samples with --samples")
     if s.features == "mini" and not pair:  # what the samples' scores can be held against
         kinds["real"] = data_set(s, run, "test")
     reference = ImageBatch(s.reference, s.image_size) if s.reference else data_set(s, run, "train")
+    require(len(reference) or s.features == "inception", f"{reference.name} holds no images, only statistics "
+            "of Inception's features: use --features inception")
     sizes = {x.name: tuple(x[0].shape[1:]) for x in [*kinds.values(), reference] if len(x)}
     require(len(set(sizes.values())) == 1, f"these images are of several sizes: {sizes}. --image-size crops "
             "files to one")
@@ -525,11 +530,14 @@ def latent_vectors(path, seed, num=10_000):
     normalised; if d = 2, no measure of uniformity depends on that."""
     path, rng = Path(path), np.random.default_rng(seed)
     if path.is_dir():
+        require((path / "latents.json").exists() or any(path.glob("*.safetensors")), f"{path} is no folder "
+                f"of latents: name one that train_dit.py made, such as {path / 'latents'}")
         latents = Latents(path)
         index = torch.from_numpy(np.sort(rng.permutation(len(latents.labels))[:num]))
         z = latents.read(index, torch.zeros_like(index)).numpy()  # the plain ones, not the flipped
     else:
-        require(path.exists(), f"there is no file or folder {path}")
+        require(path.exists() and path.suffix in (".npy", ".pt"), f"{path} is no .npy or .pt file of vectors "
+                "and no folder of latents")
         z = torch_load(path).numpy() if path.suffix == ".pt" else np.load(path, mmap_mode="r")
         z = z[np.sort(rng.permutation(len(z))[:num])]
     require(z.ndim in (2, 4), f"{path} holds {z.shape}, not vectors (N, d) or latents (N, d, h, w)")

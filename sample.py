@@ -4,8 +4,7 @@ Paper: arXiv 2501.01423, Sec. 5.4: "we use a 250-step Euler integrator [...] we 
 and timestep shift similar to FLUX [20]". Time is as in training: t = 0 is noise, t = 1 is data.
 
 Read it top to bottom: Settings and PRESETS (one for every score of the paper); sample_batch, which is all of
-sampling in three lines; noise, time grid, integrators, guidance and decoder in the order in which it calls
-them.
+sampling in three lines; then its steps: noise, time grid, integrators, guidance, decoder.
 
     python sample.py                                   the mini run: samples.npz, samples.png
     torchrun --nproc_per_node=8 -- sample.py --preset imagenet256 --out RUN --vae VAE
@@ -30,18 +29,19 @@ class Settings:
     # 3, with 250 steps as in REPA and DiT, so that the cost is the same. In the authors' code these are the
     # 249 steps between the points of linspace(0, 1, 250).
     integrator: str = opt("euler", choices=("euler", "heun", "dopri5"))  # dopri5 chooses its own steps
-    sampling_steps: int = 250  # points of the time grid; Euler evaluates the network at all but the last
+    sampling_steps: int = 250  # points of the time grid, one more than Euler's steps (the authors' count)
     # 0.3 puts 192 of the 250 points below t = 0.5, near noise; without a shift there are 125. The usual
     # reason (SD3): the more values a latent has, the more noise it takes to hide its image, so the image is
     # decided closer to pure noise. FLUX counts time the other way round: 0.3 here is 1 / 0.3 = 3.3 there.
     timestep_shift: float = 0.3  # shift s of the time grid: below 1, more points near noise; 1: no shift
-    # --- guidance. The authors' code guides 3 of the 32 channels, as DiT's code guides 3 of its 4. Their
-    # comment keeps this for reproducibility's sake; DiT's author called it unintended. It is why the scale is
-    # as large as 10.0 or 6.7: a user of their code finds about 4 right if all channels are guided.
+    # --- guidance. The authors' code guides 3 of the 32 channels, as DiT's code guides 3 of its 4. A comment
+    # in DiT's code says that this is for reproducibility, and DiT's author called it unintended. It is why
+    # the scale is as large as 10.0 or 6.7: a user of their code finds about 4 right if all channels are
+    # guided.
     cfg_scale: float = 10.0  # guidance w in v_null + w (v_class - v_null); 1: none
     cfg_channels: int = 3  # guide the first k latent channels only; 0: all
-    # [19] guides only in the middle: near noise, guidance costs variety. It stops near data as well, which
-    # the authors' code does not.
+    # [19] guides only in the middle, since guidance near noise costs variety. The authors' code leaves it out
+    # near noise, too, but not near data.
     cfg_interval_start: float = 0.10  # guidance acts from this t on
     # Guidance would multiply the rounding errors of bf16, so LightningDiT runs in fp32 here (authors' code).
     precision: str = opt("fp32", choices=("fp32", "bf16"))  # of LightningDiT; fp32 is TF32 on CUDA
@@ -58,7 +58,7 @@ class Settings:
     unfinished: bool = opt(False, same=False)  # accept checkpoints whose training is not finished
     device: str = opt("auto", choices=("auto", "cuda", "cpu"), same=False)  # auto: CUDA if there is a GPU
     compile: bool = opt(torch.cuda.is_available(), same=False)  # torch.compile the blocks of LightningDiT
-    fresh: bool = opt(False, same=False)  # discard samples.npz and unfinished samples in OUT
+    fresh: bool = opt(False, same=False)  # start over: delete all samples in OUT, PNGs, too
     png: bool = opt(False, same=False)  # also write every image as OUT/samples/000000.png and so on
     sweep: str = opt("", same=False)  # picture sweep.png: a row for each guidance scale, such as 1,2,4
     trajectory: str = opt("", same=False)  # picture trajectory.png: x_t decoded at times such as 0,0.5,1
@@ -79,8 +79,8 @@ PRESETS = {
     "table3-64ep-cfg": {},  # 2.11, 4.16, 252.3, 0.81, 0.58
     "table3-800ep": PLAIN,  # 2.17, 4.36, 205.6, 0.77, 0.65
     "table3-800ep-cfg": LATE,  # 1.35, 4.15, 295.3, 0.79, 0.65
-    # the same with the authors' released weights; the demo draws the classes of their README, after 800
-    # epochs
+    # the same with the authors' released weights; official-demo draws the eight classes of their README with
+    # the 800-epoch weights
     "official-64ep": {}, "official-800ep": LATE,
     "official-demo": {"num": 8, "labels": "975,3,207,387,388,88,979,279", "timestep_shift": 1.0,
                       "cfg_scale": 9.0, "cfg_interval_start": 0.0},
@@ -202,7 +202,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from dit import SIZES, LightningDiT, read_released_dit
-from train_dit import ddpm_velocity, warn_of_ema
+from train_dit import ddpm_velocity, flags_of_run, warn_of_ema
 from train_vae import Chunks, Stop, atomic_write, open_npz, run_script, save_grid, to_float, to_uint8
 from vae import file_hash, fingerprint, hub_file, load_checkpoint, load_tokenizer, load_weights
 from vae import require_finished, torch_load
@@ -240,7 +240,7 @@ class System:
         self.origin = {name: state[name] for name in ("objective", "data", "image_size")} | {
             "model": f"{size}/{model.patch_size}", "dit_step": state["step"],
             "dit_fingerprint": fingerprint(state[s.weights]), "tokenizer_fingerprint": own}
-        # flags that are read now, and not after the last image
+        # read these flags now, so that a mistake is found before sampling
         listed = "" if s.labels in ("random", "balanced") else s.labels
         self.listed = numbers("--labels", listed, len(self.classes) - 1, int) or range(len(self.classes))
         self.scales, self.times = numbers("--sweep", s.sweep, 1000), numbers("--trajectory", s.trajectory, 1)
@@ -287,16 +287,16 @@ def sample_all(system, s, world, identity, path):
     parts = path.with_name("samples_parts")
     if s.fresh and world.rank == 0:
         shutil.rmtree(parts, ignore_errors=True)
-        for old in [path, *path.parent.glob("samples/*.png")]:
+        for old in [path, *path.parent.glob("samples/" + 6 * "[0-9]" + ".png")]:
             old.unlink(missing_ok=True)
     chunks = Chunks(parts, "images", s.num, s.batch_size, identity, world)
-    stop, ts, mine, on_gpu = Stop(world), time_grid(s), chunks.missing(), world.device.type == "cuda"
+    stop, ts, mine, on_gpu = Stop(world, s.fresh), time_grid(s), chunks.missing(), world.device.type == "cuda"
 
     def work(chunk):
         k, rows = chunk
         if stop.asked:
             return
-        # The number of threads is each thread's own setting, and with it the last bits of a sum: hence one.
+        # The last bits of a sum depend on the number of threads, which each thread sets for itself: one.
         torch.set_num_threads(1)
         if on_gpu:
             torch.cuda.set_device(world.device)
@@ -311,7 +311,8 @@ def sample_all(system, s, world, identity, path):
     with ThreadPoolExecutor(cores) as pool:
         list(tqdm(pool.map(work, mine), "sampling", len(mine), unit="batch", disable=world.rank > 0))
     if stop.agreed():  # it also waits for the other processes
-        stop.leave("stopped and kept what is done; the same command resumes")
+        stop.leave("stopped and kept what is done")
+    stop.end()
     if world.rank == 0:
         # An ADM batch: arr_0 uint8 (N, H, W, 3), arr_1 int64 (N,) classes; and meta, a JSON string. Nothing
         # in it depends on when, where or by how many processes it was made.
@@ -363,13 +364,15 @@ def main(s, world):
     identity = settings | system.origin
     if path.exists() and not s.fresh:
         require_same(path, identity)
+        if world.rank == 0:  # left by a kill just before the end of sample_all
+            shutil.rmtree(path.with_name("samples_parts"), ignore_errors=True)
         world.print(f"{path} is finished: {s.num} images with these settings; --fresh makes them again")
     else:
         sample_all(system, s, world, identity, path)
     if world.rank == 0:
         pictures(system, s, path)
-        print(f"Next: python fid.py --out {s.out}" + ("" if s.preset == "mini" else " --preset imagenet256 "
-              f"--vae {system.vae} --reference VIRTUAL_imagenet256_labeled.npz"))
+        reference = "" if s.preset == "mini" else " --reference VIRTUAL_imagenet256_labeled.npz"
+        print(f"Next: python fid.py {flags_of_run(s, system.vae)}{reference}")
 
 if __name__ == "__main__":
     run_script(Settings, PRESETS, __doc__, main)

@@ -39,7 +39,7 @@ class Settings:
     # --- latents [Sec. 5.1]: "We pre-extract all latent features". VA-VAE's are normalised with the mean and
     # standard deviation of each channel (authors' code), SD-VAE's with LDM's factor 0.18215, which is
     # 1 / standard deviation, one number for all channels.
-    vae: str = opt("", same=False)  # tokenizer, ours or the authors'; default OUT/vae.pt
+    vae: str = opt("", same=False)  # vae.pt of train_vae.py, or a released tokenizer; default OUT/vae.pt
     unfinished: bool = opt(False, same=False)  # accept a tokenizer whose training is not finished
     tokenizer_spec: str = opt("", choices=("", *SPECS))  # refuse a tokenizer of another spec; empty: any
     data: str = opt("", same=False)  # images, as in train_vae.py; default: those of the tokenizer
@@ -52,13 +52,13 @@ class Settings:
     # it from the paper on classifier-free guidance.
     size: str = opt("XL", choices=tuple(SIZES))  # depth and width
     # patch size 1: "all compression steps are handled by the VAE" [Sec. 5.1]
-    patch_size: int = 1  # latent pixels per token and side
+    patch_size: int = 1  # side of the square of latent positions that makes a token
     swiglu: bool = True  # SwiGLU FFN instead of GELU
     rmsnorm: bool = True  # RMS Norm instead of LayerNorm
     rope: bool = True  # rotary position embedding
     qknorm: bool = False  # normalise q and k, against NaN late in training (an option of the authors' code)
     class_dropout: float = 0.1  # share of the labels that become the null class, for guidance
-    init: str = ""  # start from these weights: the authors' LightningDiT, or ours (EMA first)
+    init: str = ""  # start from the weights in this file: the authors' LightningDiT, or a dit.pt (its EMA)
     # --- training strategies [Sec. 4]. Large batches and beta2 = 0.95 are AuraFlow's: with PyTorch's 0.999
     # AdamW averages the squared gradients over some 1,000 steps, with 0.95 over 20. The constant rate without
     # warm-up, no weight decay, the first beta of 0.9 and the EMA are DiT's. adaLN-Zero makes the start gentle
@@ -76,7 +76,7 @@ class Settings:
     ema: float = 0.9999  # decay per step of the moving average of the weights
     epochs: float = opt(64.0, same=False)  # passes over the latents
     steps: int = opt(0, same=False)  # training steps; 0: as many as the epochs make
-    # --- how it runs: of these only seed and precision change the result
+    # --- how it runs. Of these, only seed, device and precision change the result by more than rounding.
     seed: int = 0  # of weights, posterior samples, order, noise and time
     out: str = opt("", same=False)  # folder of the run; default runs/PRESET
     device: str = opt("auto", choices=("auto", "cuda", "cpu"), same=False)  # auto: CUDA if there is a GPU
@@ -130,7 +130,8 @@ PRESETS = {
 row = {}
 for i, (_, change) in enumerate(LADDER):
     row = row | change
-    # The ladder in miniature keeps the paper's steps in batch size and rate; --vae names its tokenizer.
+    # The ladder in miniature scales batch size and learning rate as the paper's rows do; --vae names its
+    # tokenizer.
     mini = {"batch_size": row["batch_size"] // 32, "lr": 10 * row["lr"], "epochs": 8.0, "steps": 0,
             "tokenizer_spec": "", "latent_norm": "channel"}
     PRESETS |= {f"table1-{i}": row, f"mini-table1-{i}": MINI | row | mini}
@@ -160,7 +161,7 @@ def extract(s, world, vae, images, about, folder):
         # float16 rounds by 2e-4 of a latent's standard deviation, far less than the posterior's own noise,
         # and ImageNet's 2 x 1,281,167 latents of f16d32 take 42 GB instead of 84
         encoded.append(torch.stack(views, dim=1).half().cpu())  # (b, 2, d, h, w)
-        require(encoded[-1].isfinite().all(), f"the tokenizer {s.vae} is broken: latents that are not finite")
+        require(encoded[-1].isfinite().all(), f"{s.vae} gives latents that are not finite: broken weights")
         if rows[-1] == chunks.ranges[k][-1]:
             chunks.write(k, torch.cat(encoded).numpy())
             encoded = []
@@ -214,9 +215,9 @@ def flow_matching_loss(model, x1, y, t, x0, drop=None, direction=True):
     # [Table 1, + Velocity Direction Loss] L_dir = mean (1 - cos(pred, v)), the cosine over channels. L_mse
     # hardly sees the direction of a short v (FasterDiT). The weight of L_dir is 1 (authors' code).
     # adaLN-Zero's first prediction is exactly 0, where the cosine's gradient is 1 / eps. With PyTorch's eps
-    # of 1e-8 that is 9e7, and the last layer hardly moves for some 700 steps, until AdamW's second moment has
-    # forgotten it. For latents of unit variance 0.1 is small: after ten steps no prediction is as short as
-    # that, and the loss is the authors' to the last bit (our choice).
+    # of 1e-8 that is 1e8, and the last layer hardly moves for some 700 steps, until AdamW's second moment has
+    # forgotten it. For latents of unit variance 0.1 is small: in preset mini no prediction was that short
+    # after step 7, and where none is, the loss is the authors' to the last bit (our choice).
     cosine = F.cosine_similarity(pred, v, dim=1, eps=0.1)  # (B, H, W)
     terms = {"mse": mse, "direction": (1 - cosine).mean((1, 2))}
     return mse.mean() + (terms["direction"].mean() if direction else 0.0), terms
@@ -285,13 +286,13 @@ class Run:
         self.params, self.averages = zip(*[(p, e) for p, e in pairs if p.requires_grad])
         # [Table 1, + AdamW beta2 = 0.95]
         self.opt = torch.optim.AdamW(self.params, s.lr, betas=(0.9, s.beta2), weight_decay=0.0, fused=True)
-        # [Sec. 4] "torch.compile and bfloat16 training". One compiled block serves all of them. The whole
-        # network, inside DistributedDataParallel, would be cut into two graphs per block and compiled 28
-        # times.
+        # [Sec. 4] "torch.compile and bfloat16 training". The blocks are equal, so that one compilation serves
+        # all of them. The whole network under DistributedDataParallel would be compiled anew for each block,
+        # as two graphs.
         if s.compile:
             torch._dynamo.config.optimize_ddp = False
-            for block in self.model.blocks:
-                block.compile()
+            for module in (*self.model.blocks, self.model.final_layer):
+                module.compile()
         self.ddp = world.parallel(self.model)
 
     def parts(self):
@@ -322,7 +323,7 @@ class Run:
         return {name: torch.cat([part[name] for part in terms]) for name in terms[0]}, norm
 
 def draw(s, step, epoch, shape, device):
-    """Step, from 0 -> t (B,), noise x0 (B, *shape) and dropped labels (B,) bool of its whole batch.
+    """Step, from 0 -> t (B,), noise x0 (B, *shape) and dropped labels (B,) bool of the step's whole batch.
     They are a function of (seed, step), as is the choice of the latents. So a resumed run needs no random
     state to be exact, and each of several processes takes its share of what one alone would draw."""
     generator = step_generator(device, s.seed, "train", step)
@@ -354,12 +355,13 @@ def train(s, world):
         step, bins = state["step"], bins + state["bins"].to(device)
     if step >= total:
         return world.print(f"{path} is finished ({step} steps). More --steps continue it; --fresh restarts")
-    stop, share = Stop(world), world.share(s.batch_size, s.accumulate)
+    stop, share = Stop(world, s.fresh), world.share(s.batch_size, s.accumulate)
     run = Run(s, architecture(s, shape, len(latents.classes)), world)
     for name, part in run.parts().items() if state else ():
         part.load_state_dict(state[name])
     state = None  # its tensors are memory-mapped: let go of the file
-    advice = f"try --qknorm, --grad-clip 1 or a smaller --lr; the last good checkpoint, if any, is {path}"
+    advice = ("start over in another --out with --grad-clip 1, --qknorm or a smaller --lr; what is in "
+              f"{path} is still good")
     log = Log(Path(s.out) / "metrics_dit.csv", world, step, s.batch_size, advice)
 
     def save(to):
@@ -403,13 +405,13 @@ def train(s, world):
         if stopping or step % s.save_every == 0 or step == total:
             save(path)
         if stopping:
-            stop.leave(f"stopped after step {step} and saved {path}; the same command resumes")
+            stop.leave(f"stopped after step {step} and saved {path}")
     world.print(f"saved {path} and {s.out}/progress.png; peak memory {peak_memory(device):.2f} GiB."
-                f"{warn_of_ema(s.ema, total)} Next: python sample.py --out {s.out}"
-                + ("" if s.preset == "mini" else f" --preset imagenet256 --vae {s.vae}"))
+                f"{warn_of_ema(s.ema, total)} Next: python sample.py {flags_of_run(s, s.vae)}")
 
 # === Plumbing: files, flags, processes ===
 import json
+from shlex import quote
 
 from train_vae import Images, atomic_write, peak_memory, run_script, save_grid, write_checkpoint, write_json
 from vae import UserError, fingerprint, load_tokenizer, torch_load
@@ -425,7 +427,12 @@ def warn_of_ema(decay, steps):
     if decay ** steps < 0.01:
         return ""
     return (f" The EMA still holds {decay ** steps:.0%} of the untrained weights: train longer, use a "
-            f"smaller --ema (such as {1 - 5 / max(steps, 10):.3g}), or sample with --weights model.")
+            f"smaller --ema (such as {1 - 5 / max(steps, 10):.5g}), or sample with --weights model.")
+
+def flags_of_run(s, vae):
+    """The flags with which the next script finds this run and its tokenizer."""
+    flags = f"--out {quote(s.out)}" + ("" if s.preset.startswith("mini") else " --preset imagenet256")
+    return flags if vae == f"{s.out}/vae.pt" else f"{flags} --vae {quote(str(vae))}"
 
 def architecture(s, shape, num_classes):
     """Settings, (d, h, w) of a latent, number of classes -> keyword arguments of LightningDiT."""
@@ -439,8 +446,8 @@ def check_origin(state, path, latents, s):
     """UserError if a checkpoint was trained on other latents than those at hand."""
     then, now = (state["tokenizer"]["fingerprint"], state["identity"]), latents.about
     require(then == (now["fingerprint"], now["identity"]), f"{path} was trained on latents of another "
-            f"tokenizer or other images than {s.vae} and {s.latents}: start over with --fresh, or name those "
-            "with --vae and --latents")
+            f"tokenizer or other images than {s.vae} and {s.latents}: start over with --fresh, or use --vae "
+            "and --latents to name those it was trained on")
 
 def facts(s, latents):
     """What dit.pt says beside its weights, so that sample.py need not ask."""
@@ -493,23 +500,30 @@ class Latents:
             self.about = {"data": ""}
         else:
             arrays = [np.load(path, mmap_mode="r") for path in sorted(folder.glob("latents-*.npy"))]
-            self.views = [(np.asarray(array[:, 0]), np.asarray(array[:, 1])) for array in arrays]
-            shapes = [list(plain.shape) for plain, _ in self.views]
+            self.views = [memoryview(array).cast("B") for array in arrays]  # each view is a file's bytes
+            shapes = [[len(array), *array.shape[2:]] for array in arrays]
             self.labels = torch.from_numpy(np.load(folder / "labels.npy"))
             self.about = json.loads((folder / "latents.json").read_text())
             mean_std = (torch.tensor(self.about[name]) for name in ("mean", "std"))
             self.mean, self.std = (values.view(1, -1, 1, 1) for values in mean_std)
             self.classes = self.about["classes"]
         self.shape = self.about["shape"] = shapes[0][1:]
-        self.starts = torch.tensor([0, *(shape[0] for shape in shapes)]).cumsum(0)
+        self.starts = np.cumsum([0, *(shape[0] for shape in shapes)])
 
     def read(self, index, flip):
         """index (b,) int64, flip (b,) 0 or 1 -> (b, d, h, w), as stored."""
+        index, flip = index.numpy(), flip.numpy()
         # of each latent its file, then its row there
-        file = torch.searchsorted(self.starts, index, right=True) - 1
-        rows = zip(file.tolist(), flip.tolist(), (index - self.starts[file]).tolist())
-        found = [self.views[k][side][i:i + 1] for k, side, i in rows]
-        return torch.cat(found) if torch.is_tensor(found[0]) else torch.from_numpy(np.concatenate(found))
+        file = np.searchsorted(self.starts, index, "right") - 1
+        row = index - self.starts[file]
+        if isinstance(self.views[0], tuple):
+            places = zip(file.tolist(), flip.tolist(), row.tolist())
+            return torch.cat([self.views[k][side][i:i + 1] for k, side, i in places])
+        # For small latents, joining bytes takes half the time of indexing arrays one by one.
+        size = 2 * math.prod(self.shape)  # bytes of a float16 latent
+        places = zip(file.tolist(), ((2 * row + flip) * size).tolist())
+        found = bytearray().join([self.views[k][place:place + size] for k, place in places])
+        return torch.frombuffer(found, dtype=torch.float16).view(len(index), *self.shape)
 
 def open_latents(s, world):
     """Settings -> latents, and the tokenizer they are of. They are extracted if they are not there, and

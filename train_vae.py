@@ -4,7 +4,7 @@ Paper: arXiv 2501.01423, Sec. 3 (the loss), Sec. 5.1 (training), Sec. 5.4 (the l
 supplement (ablations).
 
 Read it top to bottom:
-    Settings, PRESETS      every hyperparameter on one screen; the rows of the paper's tables
+    Settings, PRESETS      the hyperparameters, and a preset for every row of the paper's tables
     train_step             Eq. 1 to 5 together with LDM's loss: what happens to a batch of images
     Run, train             the networks and optimizers, and the loop
     (below the banner)     flags, processes, files, signals, images: what the later scripts import
@@ -29,7 +29,7 @@ from vf_loss import adaptive_weight, vf_losses
 
 
 def opt(default, choices=None, same=True):
-    """A setting with a choice of values, or (same=False) one that a resumed run may change."""
+    """A setting. choices: its possible values. same=False: a resumed run may change it."""
     return field(default=default, metadata={"choices": choices, "same": same})
 
 @dataclass
@@ -39,47 +39,50 @@ class Settings:
     # text in --help.
     preset: str = opt("imagenet256", same=False)  # named settings; every other flag overrides one of them
     # --- images
-    data: str = "imagenet"
+    data: str = opt("imagenet", same=False)
         # shapes (drawn by the code), cifar10, fashion-mnist or imagenette (torchvision, in ./data), or a
         # folder DIR/<class>/*.jpg; DIR/train and DIR/val split it, else every tenth image is a test image
     image_size: int = 256  # side of the square images in pixels
     crop: str = opt("random", choices=("random", "adm"))
         # of training images: a new random square each time (authors' code), or adm, ADM's centre crop
-    flip: bool = False  # mirror every second training image (our choice)
+    flip: bool = False  # mirror each training image with probability 1/2 (our choice)
     # --- the network [Sec. 3]
     spec: str = opt("f16d32", choices=tuple(SPECS))  # downsampling rate f and latent dimension d
     init: str = ""
-        # start from the weights in this file: the authors' VA-VAE, CompVis' kl-f8, diffusers' or ours, with W
-        # of Eq. 1 and the discriminator if it holds them and they fit
+        # start from the weights in this file: the authors' VA-VAE, CompVis' kl-f8, one of diffusers, or a
+        # vae.pt. W of Eq. 1 and the discriminator come from it, too, if it has them and they fit
     # --- LDM's loss. L_rec and the KL loss are sums over the 196,608 values of an image and the 8,192 values
     # of its latent (f16d32) [Sec. 3.3], like the likelihood and the KL divergence of a VAE, whose bound would
     # need the weight 1. LDM's 1e-6 leaves a slight pull towards N(0, I).
     kl_weight: float = 1e-6  # weight of the KL loss
-    lpips_weight: float = 1.0  # weight of LPIPS against the L1 loss of a pixel; 0 needs no VGG weights
+    lpips_weight: float = 1.0  # weight of LPIPS, added to the L1 loss of each value; 0 needs no VGG weights
     disc_weight: float = 0.5  # weight of the adversarial loss, times its adaptive weight; 0: no discriminator
     # The authors' `disc_start: 5001` counts the steps of both optimizers, two per batch: batch 2501 is the
-    # first with 2 * batch >= 5001. Before, the decoder's images are told from real ones too easily.
+    # first whose generator loss has 2 * batch >= 5001. Until then, reconstructions are so poor that a
+    # discriminator would tell them from images too easily.
     disc_start: int = 2501  # training batch, counted from 0, at which the discriminator begins
     # --- VF loss [Sec. 3.1-3.3]; "Empirically, we set m1 = 0.5, m2 = 0.25, and w_hyper = 0.1" [Sec. 5.1]
     vf: str = opt("dinov2", choices=("none", "mini", "dinov2", "dinov2-s", "dinov2-b", "dinov2-l", "dinov2-g",
                                      "mae", "clip", "sam"))
-        # foundation model F; mini: the miniature's teacher, a small classifier trained first
+        # foundation model; mini: the miniature's teacher, a small classifier trained first
     vf_weight: float = 0.1  # w_hyper of Eq. 5
     cos_margin: float = 0.5  # m1 of Eq. 2
     mdms_margin: float = 0.25  # m2 of Eq. 3
     mcos: bool = True  # use the marginal cosine similarity loss, Eq. 2
     mdms: bool = True  # use the marginal distance matrix similarity loss, Eq. 3
     vf_input: str = opt("model", choices=("model", "authors"))
-        # what F sees: images normalised by its own mean and std, or images in [-1, 1] as in the authors' code
+        # what the foundation model sees: images normalised with its own mean and std; or, as in the authors'
+        # code, images in [-1, 1], in fp32 and for dinov2 through timm's port
     teacher_steps: int = 400  # training steps of the miniature's teacher (--vf mini)
     teacher_data: str = ""  # images from which the teacher learns, as --data; default: the run's own
     # --- the schedule [Sec. 5.1]: "we scale the learning rate and global batch size to 1e-4 and 256"
     batch_size: int = 256  # images per step, over all processes
-    lr: float = 1e-4  # learning rate of Adam, constant
+    lr: float = 1e-4  # learning rate of Adam, constant after --warmup
     warmup: int = 0  # steps over which the rate rises to --lr (our choice, for the miniature's high rate)
     epochs: float = opt(50.0, same=False)  # passes over the training images [Sec. 6.2]
     steps: int = opt(0, same=False)  # training steps; 0: as many as the epochs make
-    # --- how it runs: of these only seed and precision (and chunks, through BatchNorm) change the result
+    # --- how it runs. Of these, only seed, device and precision (and chunks, through BatchNorm) change the
+    # result by more than rounding.
     seed: int = 0  # of weights, order of images, crops and noise
     out: str = opt("", same=False)  # folder of the run; default runs/PRESET
     device: str = opt("auto", choices=("auto", "cuda", "cpu"), same=False)  # auto: CUDA if there is a GPU
@@ -88,19 +91,20 @@ class Settings:
     compile: bool = opt(torch.cuda.is_available(), same=False)
         # torch.compile each norm with its activation; convolutions stay eager
     chunks: int = opt(1, same=False)
-        # split each process's batch into so many chunks, to save memory; in exchange, each step computes the
-        # encoder's forward pass 2 times, the decoder's and the discriminator's 3, LPIPS' up to 4
+        # split each process's batch into this many chunks, to save memory; each step then computes the
+        # encoder's forward pass twice, the decoder's 3 times, LPIPS' up to 4 and the discriminator's 7
+        # (instead of 3)
     checkpointing: bool = opt(False, same=False)
-        # keep only what goes into each resolution level, to save memory: forward passes as often as with
-        # chunks
+        # keep only the input of each resolution level, to save memory; each step then computes the encoder's
+        # levels twice and the decoder's 3 times
     workers: int = opt(8, same=False)  # loading processes per training process
     log_every: int = opt(50, same=False)  # steps between rows of metrics_vae.csv
     save_every: int = opt(1000, same=False)  # steps between checkpoints
     fresh: bool = opt(False, same=False)  # start over instead of resuming the run in --out
 
 # For two CPU cores (our choice). VF loss is that of the second stage of the long recipe: weight 0.1, margins
-# 0. There is no LPIPS, which needs a download, and no discriminator, whose first hundred steps do more harm
-# than good.
+# 0. There is no LPIPS, which needs a download, and no discriminator, which does more harm than good in a run
+# as short as this.
 MINI = {"data": "shapes", "image_size": 32, "crop": "adm", "flip": True, "spec": "mini-f4d8", "vf": "mini",
         "lpips_weight": 0.0, "disc_weight": 0.0, "cos_margin": 0.0, "mdms_margin": 0.0, "teacher_steps": 200,
         "batch_size": 16, "lr": 1e-3, "warmup": 100, "steps": 600, "workers": 0, "log_every": 25,
@@ -176,7 +180,8 @@ class Tokenizer(nn.Module):
 
 def reconstruction_loss(x, x_hat, lpips, lpips_weight):
     """x, x_hat (b, 3, H, W) in [-1, 1] -> L_rec, a scalar: LDM's sum over C, H, W, divided by the batch size.
-    LDM's learned variance of the likelihood stays 1, since no optimizer holds it in the authors' code."""
+    LDM has a parameter for the variance of the likelihood. In the authors' code no optimizer holds it, so it
+    stays 1 and is left out here."""
     # L_rec = sum_chw(|x - x_hat| + lpips_weight * LPIPS(x, x_hat)) / b, with LPIPS broadcast over the pixels
     loss = (x - x_hat).abs()  # (b, 3, H, W)
     if lpips is not None:
@@ -184,8 +189,7 @@ def reconstruction_loss(x, x_hat, lpips, lpips_weight):
     return loss.sum() / len(x)
 
 def hinge_generator(fake):
-    """Logits of reconstructions, any shape -> the generator's loss -mean(fake): raise them, without a
-    bound."""
+    """Logits of reconstructions, any shape -> the generator's loss -mean(fake), which has no lower bound."""
     return -fake.mean()
 
 def hinge_discriminator(real, fake):
@@ -257,7 +261,8 @@ class Run:
         self.save_memory(vae, nets[1:])
         # Only the norms and activations are compiled: a compiled convolution would always compute the
         # gradient of its weight, which doubles the work of Eq. 4's backward pass (tests/test_bench.py counts
-        # it).
+        # it). That pass needs the graph's buffers again, which torch.compile would give away.
+        torch._functorch.config.donated_buffer = False
         for module in vae.modules():
             if s.compile and isinstance(module, NormSiLU):
                 module.compile()
@@ -272,8 +277,8 @@ class Run:
         self.optimizers = [self.opt, self.opt_disc] if self.disc else [self.opt]
 
     def save_memory(self, vae, others):
-        """--checkpointing and --chunks: everything but the last convolutions, where Eq. 4 takes its
-        gradients."""
+        """Apply --checkpointing to the resolution levels, and --chunks to all networks except the two
+        conv_out layers, where the adaptive weights take their gradients."""
         s = self.settings
         if s.checkpointing:
             for level in [*vae.encoder.down, *vae.decoder.up]:
@@ -294,8 +299,9 @@ class Run:
 
 def in_chunks(forward, n):
     """A network's forward pass over its batch in n chunks, each computed again in every backward pass through
-    it. Autograd then keeps only what goes in and comes out, and the activations of one chunk at a time. A
-    BatchNorm sees one chunk; everything else, and so train_step, gives the same for any n."""
+    it. Autograd then keeps only what goes in and comes out, and the activations of one chunk at a time. Only
+    a BatchNorm notices n, since it sees one chunk: without a discriminator, train_step gives the same for any
+    n."""
     def call(*batches):
         chunks = zip(*(batch.chunk(n) for batch in batches))
         return torch.cat([checkpoint(forward, *chunk, use_reentrant=False) for chunk in chunks])
@@ -316,12 +322,12 @@ def train(s, world):
     step = state["step"] if state else 0
     if step >= total:
         return world.print(f"{path} is finished ({step} steps). More --steps continue it; --fresh restarts")
-    stop = Stop(world)
     run = make_run(s, images, world, state)
     state = None  # its tensors are memory-mapped: let go of the file
+    stop = Stop(world, s.fresh)  # until here there is nothing to save, and a signal ends the process at once
     vae, share = run.tokenizer.vae, world.share(s.batch_size, s.chunks)
-    log = Log(Path(s.out) / "metrics_vae.csv", world, step, s.batch_size,
-              f"try a smaller --lr or --precision fp32; the last good checkpoint, if any, is {path}")
+    log = Log(Path(s.out) / "metrics_vae.csv", world, step, s.batch_size, "start over in another --out with "
+              f"a smaller --lr or --precision fp32; --init {path} keeps what was learnt")
 
     def save():
         log.check_weights(run.tokenizer.parameters())
@@ -359,9 +365,10 @@ def train(s, world):
         if stopping or step % s.save_every == 0 or step == total:
             save()
         if stopping:
-            stop.leave(f"stopped after step {step} and saved {path}; the same command resumes")
+            stop.leave(f"stopped after step {step} and saved {path}")
     if world.rank == 0:
-        where = f"--out {s.out}" if s.preset == "mini" else f"--preset imagenet256 --vae {path}"
+        mini = s.preset == "mini"
+        where = f"--out {quote(s.out)}" if mini else f"--preset imagenet256 --vae {quote(str(path))}"
         print(f"saved {path} and {s.out}/reconstructions.png (test images and, below them, their "
               f"reconstructions, {psnr:.2f} dB); peak memory {peak_memory(world.device):.2f} GiB. "
               f"Next: python train_dit.py {where}")
@@ -387,6 +394,7 @@ from datetime import timedelta
 from functools import lru_cache
 from itertools import islice
 from multiprocessing import active_children, get_context, parent_process
+from shlex import quote
 
 import numpy as np
 import torch.distributed as dist
@@ -430,7 +438,7 @@ def make_run(s, images, world, state):
     return run
 
 def start_from(path, run, world):
-    """--init: the autoencoder's weights must fit; W and the discriminator start anew if theirs do not."""
+    """--init: the weights of the autoencoder must fit; W and the discriminator are taken only if they do."""
     state = torch_load(path)
     found = {"linear_proj": state.get("linear_proj", {}), "discriminator": state.get("discriminator", {})}
     if state.get("stage") == "vae":
@@ -454,7 +462,8 @@ def start_from(path, run, world):
 
 def make_teacher(s, images, f, world, state):
     """The miniature's teacher: a Classifier trained first or, in a resumed run, taken from the checkpoint.
-    Its seed is not the run's: runs share one teacher, as the paper's runs share one DINOv2."""
+    Its seed is fixed, so that runs on the same images get equal teachers, as the paper's runs use one
+    DINOv2."""
     if s.teacher_data:
         images = Images(s.teacher_data, "train", s.image_size)
     require(len(images.classes) > 1, "the teacher of --vf mini learns to tell classes apart, and there is "
@@ -464,7 +473,7 @@ def make_teacher(s, images, f, world, state):
     if state:
         net.load_state_dict(state["teacher"])
         return net
-    chosen = epoch_order(len(images), 1, 0)[:50_000]  # in random order, since a folder is sorted by class
+    chosen = epoch_order(len(images), 1, 0)[:50_000]  # at most so many fit in memory; in random order
     x = torch.stack([images[i] for i in chosen.tolist()])
     net = train_classifier(net, x, images.labels[chosen], s.teacher_steps, 1, world.device, "teacher")
     for tensor in net.state_dict().values() if world.size > 1 else ():
@@ -473,7 +482,8 @@ def make_teacher(s, images, f, world, state):
 
 @torch.no_grad()
 def save_reconstructions(vae, images, path, device):
-    """Rows of test images, below each its reconstruction from the posterior's mode -> their PSNR in dB."""
+    """Save a PNG of test images, each row above its reconstructions from the posterior's mode, and return
+    their mean PSNR in dB."""
     n = min(8, len(images))
     count = n * min(2, len(images) // n)  # whole rows only
     x = torch.stack([to_float(images[i]) for i in torch.linspace(0, len(images) - 1, count).long().tolist()])
@@ -564,16 +574,16 @@ class World:
         self.device = torch.device("cuda", self.local) if cuda else torch.device("cpu")
         if cuda:
             torch.cuda.set_device(self.device)
-            # fp32 means TF32 on CUDA, in training, extraction and sampling (our choice). The authors' code:
-            # in extraction and sampling; in the tokenizer's training and scores for convolutions only;
-            # LightningDiT's training sets nothing.
+            # fp32 means TF32 on CUDA in training, extraction and sampling (our choice). The authors' code
+            # uses TF32 in extraction and sampling, and in the tokenizer's training and scores for
+            # convolutions only.
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
             torch.backends.cudnn.benchmark = True
             # Others report NaN after some 65,000 steps with cuDNN's attention, which torch prefers on Hopper.
             torch.backends.cuda.enable_cudnn_sdp(False)
         if self.size > 1:
             dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=10))
-            # for waits longer than ten minutes, and for flags on which no GPU should wait
+            # for waits of more than ten minutes, and for Stop's messages, which should not make a GPU wait
             self.patient = dist.new_group(backend="gloo", timeout=timedelta(hours=6))
 
     def print(self, text):
@@ -582,7 +592,10 @@ class World:
 
     def barrier(self):
         if self.size > 1:  # in the patient group, since one process may be downloading
-            dist.barrier(group=self.patient)
+            try:
+                dist.barrier(group=self.patient)
+            except RuntimeError as error:  # gloo's: connection closed by peer
+                raise UserError("another process has ended, whose message says why") from error
 
     def mean(self, tensor):
         """The mean of a tensor over all processes, in place."""
@@ -591,10 +604,11 @@ class World:
             tensor /= self.size
         return tensor
 
-    def share(self, batch_size, pieces=1):
-        """The slice of a global batch on which this process works, in `pieces` pieces of equal size."""
-        require(batch_size % (self.size * pieces) == 0, f"--batch-size {batch_size} is not divisible by "
-                f"{self.size} process(es) times {pieces} (--chunks or --accumulate)")
+    def share(self, batch_size, chunks=1):
+        """The slice of a global batch that this process works on. UserError if it cannot be cut into `chunks`
+        equal chunks."""
+        require(batch_size % (self.size * chunks) == 0, f"--batch-size {batch_size} is not divisible by "
+                f"{self.size} process(es) times {chunks} (--chunks or --accumulate)")
         size = batch_size // self.size
         return slice(self.rank * size, (self.rank + 1) * size)
 
@@ -617,8 +631,8 @@ class World:
 class Stop:
     """SIGTERM and Ctrl-C ask a run to save and stop after the current step. A second Ctrl-C ends it at
     once."""
-    def __init__(self, world):
-        self.world, self.asked = world, 0  # the number of the signal
+    def __init__(self, world, fresh=False):
+        self.world, self.fresh, self.asked = world, fresh, 0  # the number of the signal
         signal.signal(signal.SIGTERM, self.ask)
         signal.signal(signal.SIGINT, self.ask)
 
@@ -626,17 +640,22 @@ class Stop:
         self.asked = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
+    def end(self):
+        """From here on, a signal ends the process at once."""
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
     def agreed(self):
         """Whether to stop after this step. All processes must stop at the same one, so they ask each other,
         in the CPU's group, on which no GPU waits."""
+        number = torch.tensor(self.asked)
         if self.world.size > 1:
-            number = torch.tensor(self.asked)
             dist.all_reduce(number, dist.ReduceOp.MAX, group=self.world.patient)
-            self.asked = int(number)
-        return self.asked > 0
+        self.asked = self.asked or int(number)  # a signal that came meanwhile counts after the next step
+        return int(number) > 0
 
     def leave(self, message):
-        stopped = UserError(message)
+        stopped = UserError(f"{message}; the same command {'without --fresh ' if self.fresh else ''}resumes")
         stopped.status = 128 + self.asked  # as shells expect
         raise stopped
 
@@ -683,10 +702,10 @@ def to_device(tensor, device):
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 def step_generator(device, *numbers):
-    """A random generator that is a function of the numbers (seed, purpose, step), so there is nothing to
-    save."""
+    """A random generator that is a function of its arguments, such as (seed, purpose, step), so that no
+    random state needs saving."""
     digest = hashlib.sha256(repr(numbers).encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)  # 63 bits
 
 def peak_memory(device):
     """Peak memory so far in GiB: of the GPU's allocations, or of this process."""
@@ -697,8 +716,8 @@ def peak_memory(device):
 
 # --- Files -----------------------------------------------------------------------------------------
 def atomic_write(path, write):
-    """write(file) under a temporary name, flush to disk, rename: what is there is whole, the old or the
-    new."""
+    """Write under a temporary name, flush and rename, so that the path always holds a whole file, the old or
+    the new."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -740,7 +759,7 @@ def resume(path, stage, settings):
     if settings.fresh or not Path(path).exists():
         return None
     state = load_checkpoint(path, stage, ": remove it, or start over with --fresh")
-    # a setting that is younger than the file had its default
+    # a setting that did not exist when the file was written had its default
     then = {setting.name: setting.default for setting in fields(settings)} | state["settings"]
     changed = [f"{flag(name)} {now!r} (checkpoint: {then[name]!r})" for name, now in asdict(settings).items()
                if now != then[name] and settings.__dataclass_fields__[name].metadata.get("same", True)]
@@ -848,7 +867,7 @@ def save_grid(images, path, nrow):
 
 def center_crop(image, size, where=None):
     """ADM's centre crop of an RGB PIL image -> uint8 (3, size, size): halve with a box filter while the image
-    is at least twice too large, resize to the exact short side (bicubic), cut out the middle."""
+    is at least twice as large as needed, resize to the exact short side (bicubic), cut out the middle."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
     return random_crop(image, size, None, Image.BICUBIC)
@@ -958,12 +977,12 @@ def open_image(path):
             image.load()
             mode, kind = image.mode, image.format
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"cannot read the image {path}: {error}. Put a whole picture there, under the same "
-                        "name: a run resumes only with the files with which it began") from error
+        raise UserError(f"cannot read the image {path}: {error}. Replace it with an intact picture of the "
+                        "same name: a run resumes only with the files it began with") from error
     # 16-bit grey, which Pillow's own conversion would clip to white. (Older Pillow opens it as "I".)
     if mode.startswith("I;16") or (mode == "I" and kind in ("PNG", "PPM")):
         image = Image.fromarray((np.asarray(image) / 256).clip(0, 255).astype(np.uint8))
-    require(image.mode not in ("I", "F"), f"{path} has 32 bits per pixel and does not say which number is "
+    require(image.mode not in ("I", "F"), f"{path} has 32 bits per pixel, and nothing says which value is "
             "white: convert it to 8 bits")
     return image.convert("RGB")
 
@@ -993,16 +1012,15 @@ def picture_files(folder):
     """All picture files below a folder, by path; not hidden ones."""
     found, places = [], [folder]
     for place in places:
-        places += subfolders(place)
+        places += [path for path in subfolders(place) if not path.is_symlink()]  # it may lead back here
         found += [path for path in place.iterdir() if path.suffix.lower() in IMG_EXTENSIONS
                   and not path.name.startswith(".") and path.is_file()]
     return sorted(found)
 
 def find_splits(folder):
     """DIR -> the folder with the classes of the training images, and that of the test images or None.
-    DIR/train and DIR/val are a split if both are there, or train alone and nothing beside it; names as in
-    TRAIN and TEST, in upper or lower case. Else the folders of DIR are classes, one of which may be called
-    train."""
+    DIR is split if it has a training and a test folder (names in TRAIN and TEST, in any case), or a training
+    folder and no other. Otherwise its folders are classes, one of which may be called train."""
     names = {path.name.lower(): path for path in subfolders(folder)}
     train = next((names[name] for name in TRAIN if name in names), None)
     test = next((names[name] for name in TEST if name in names), None)
@@ -1022,16 +1040,18 @@ def list_folder(folder, split):
     require(not unknown, f"{root} has classes that {train} lacks: {', '.join(unknown[:3])}")
     files = {name: picture_files(root / name) if (root / name).is_dir() else [] for name in classes}
     filled = [name for name in classes if files[name]]
-    if len(filled) == 1 and root == train:  # one class, or a folder around the classes?
-        inner = {path.relative_to(train / filled[0]).parts[0] for path in files[filled[0]]}
-        require(len(inner) < 2 or not all((train / filled[0] / name).is_dir() for name in inner),
-                f"all pictures of {train} are in folders inside {train / filled[0]}: name that with --data")
+    if len(filled) == 1 and root == train:  # one class, or folders around the classes?
+        places = {path.parent for path in files[filled[0]]}
+        around = Path(os.path.commonpath(places))
+        require(around in places, f"all pictures of {train} are in folders inside {around}: name that with "
+                "--data")
     empty = sorted(set(classes) - set(filled)) if root == train else []
     require(not empty, f"the class folder {train / (empty or [''])[0]} has no images: {LAYOUT}")
     pairs = [(path, label) for label, name in enumerate(classes) for path in files[name]]
     if not test:
         pairs = [pair for i, pair in enumerate(pairs) if (i % 10 == 9) == (split == "test")]
-    require(pairs, f"--data {folder} has too few images to split (10 or more): {LAYOUT}")
+    lack = "no images in class folders" if test else "too few images to split (10 or more)"
+    require(pairs, f"{root} has {lack}: {LAYOUT}")
     return pairs, classes
 
 @lru_cache(maxsize=2)

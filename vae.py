@@ -2,8 +2,8 @@
 
 Paper: arXiv 2501.01423, Sec. 3 and Fig. 3. "We utilize the VQGAN network structure, omitting
 quantization and applying KL loss to regulate the continuous latent space" [Sec. 5.1]: this is LDM's
-autoencoder. VF loss works "without altering the model architecture" [Sec. 3], so nothing in this file
-knows of it.
+autoencoder. VF loss works "without altering the model architecture" [Sec. 3]: here it only explains why
+conv_out is kept apart from the rest of the encoder.
 
 Read it top to bottom:
     SPECS               the paper's tokenizers by name: f = downsampling rate, d = latent dimension
@@ -48,8 +48,8 @@ for d in (4, 8, 16, 32, 64):
 class AutoencoderKL(nn.Module):
     """Image x (B, 3, H, W) in [-1, 1] -> Posterior of z (B, d, H/f, W/f) -> image [Sec. 3, Fig. 3].
     spec: an entry of SPECS, or only what differs from f16d32. embed_dim is the latent dimension d; ch,
-    ch_mult and num_res_blocks set width and depth. Apart from attention the network is convolutional, so it
-    takes images of any height and width that are multiples of f."""
+    ch_mult and num_res_blocks set width and depth. Convolutions and attention fit any size, so images may
+    have any height and width that are multiples of f."""
     def __init__(self, **spec):
         super().__init__()
         spec = SPECS["f16d32"] | spec
@@ -106,8 +106,8 @@ class Posterior:
 
 class Encoder(nn.Module):
     """x (B, 3, H, W) -> moments (B, 2d, H/f, W/f).
-    `features` is everything before the last convolution, `conv_out`, which is kept apart because Eq. 4 needs
-    the gradient of its weight: train_vae.py may compute `features` in chunks, but never `conv_out`."""
+    `features` is everything before the last convolution, `conv_out`. They are kept apart because Eq. 4 takes
+    a gradient at the weight of conv_out, and a chunk of train_vae.py would be computed again for that."""
     def __init__(self, embed_dim, ch, ch_mult, num_res_blocks, attn_resolutions, resolution):
         super().__init__()
         widths = [ch] + [ch * m for m in ch_mult]
@@ -186,8 +186,8 @@ def upsample(c):
 
 def groups(channels):
     """The number of groups of a GroupNorm: LDM's 32, but no group of fewer than 4 channels, LDM's smallest
-    (our choice, which matters in narrow networks only). A group of one channel would subtract that channel's
-    mean, and pictures would lose their colours."""
+    (our choice, which matters in narrow networks only). With one channel per group, each norm would subtract
+    that channel's mean, which carries the overall colour."""
     return min(32, channels // 4)
 
 class NormSiLU(nn.GroupNorm):
@@ -252,7 +252,8 @@ class PatchDiscriminator(nn.Module):
 
 class LPIPS(nn.Module):
     """x, x_hat (B, 3, H, W) in [-1, 1] -> learned perceptual distance (B, 1, 1, 1): v0.1 on VGG16.
-    It weights the features of a classifier by how much people notice them, such as a blur that L1 forgives.
+    It weights differences between a classifier's features by how much people notice them: a blur, which L1
+    forgives, counts.
     Gradients reach x_hat only, and the network is frozen. pretrained=False leaves its weights random."""
     def __init__(self, pretrained=True):
         super().__init__()
@@ -273,8 +274,7 @@ class LPIPS(nn.Module):
             if isinstance(layer, nn.MaxPool2d):
                 # with the eps inside the root, a zero vector has no NaN gradient
                 maps.append(h / torch.sqrt((h * h).sum(1, keepdim=True) + 1e-10))
-            # torchvision's ReLU works in place and would overwrite what autograd needs
-            h = F.relu(h) if isinstance(layer, nn.ReLU) else layer(h)
+            h = layer(h)
         return maps
 
     def forward(self, x, x_hat):
@@ -337,8 +337,7 @@ def load_lpips(net):
     net.lin.load_state_dict({f"{i}.weight": heads[f"lin{i}.model.1.weight"] for i in range(5)})
 
 class Inert:
-    """Takes the place of any class in a file that torch does not know, such as Lightning's. It does
-    nothing."""
+    """A harmless substitute for each class in a file that torch does not know, such as Lightning's."""
     def __init__(self, *args):
         pass
     __setstate__ = __setitem__ = __init__
@@ -348,22 +347,27 @@ def torch_load(path, hint=""):
     require(Path(path).is_file(), f"there is no file {path}{hint}")
     if str(path).endswith(".safetensors"):
         try:
+            from safetensors import SafetensorError
             from safetensors.torch import load_file
         except ImportError:
             raise UserError(f"{path} needs a package: pip install safetensors")
-        return load_file(path)
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise UserError(f"{path} is no checkpoint, or is damaged ({error}){hint}") from error
     zipped = zipfile.is_zipfile(path)  # torch's format since 2020, which can be memory-mapped
     try:
         unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else ()
         with torch.serialization.safe_globals([(Inert, name) for name in unknown]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+    # torch raises an OSError for some files that are cut short, and a LookupError for text
+    except (RuntimeError, OSError, ValueError, EOFError, LookupError, pickle.UnpicklingError) as error:
         raise UserError(f"{path} is no checkpoint, or is damaged ({type(error).__name__}){hint}") from error
 
 def load_checkpoint(path, stage, hint=""):
     """A checkpoint of ours, stage "vae", "dit" or "score_net" -> the dict that it holds:
 
-        both              stage, step and total_steps, settings, model (weights), optimizer, classes (names),
+        vae.pt and dit.pt  stage, step and total_steps, settings, model (weights), optimizer, classes (names),
                           identity (hash of the list of training images), image_size, data
         vae.pt only       spec (entry of SPECS), linear_proj (W of Eq. 1), teacher (of --vf mini),
                           discriminator, optimizer_disc; the last four only if the run has them
@@ -400,8 +404,8 @@ DIFFUSERS = {  # parts of the names in diffusers' AutoencoderKL, old and new -> 
     "proj_attn": "proj_out"}
 
 def read_released_tokenizer(path):
-    """A file of the authors' VA-VAE, CompVis' kl-f8 or diffusers (such as DiT's sd-vae-ft-ema) -> (entry of
-    SPECS, weights). Weights that only training needs are left out by name."""
+    """A released file (the authors' VA-VAE, CompVis' kl-f8, or one of diffusers, such as sd-vae-ft-ema) ->
+    (entry of SPECS, weights). Weights that only training needs are left out by name."""
     state, weights = torch_load(path), {}
     state = state.get("state_dict", state)
     for name, value in state.items():

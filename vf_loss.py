@@ -3,8 +3,8 @@
 Paper: arXiv 2501.01423, Sec. 3.1 to 3.3, Eq. 1 to 5, and Sec. 6.2 for the choice of foundation model.
 
 Read it top to bottom:
-    marginal_cosine_loss            Eq. 2   the latent at each position points where the feature points
-    marginal_distance_matrix_loss   Eq. 3   positions are as similar to each other as the features are
+    marginal_cosine_loss            Eq. 2   the latent at each position points in the direction of the feature
+    marginal_distance_matrix_loss   Eq. 3   the latents of two positions are as similar as their features
     vf_losses                               both, the two terms in the bracket of Eq. 5
     adaptive_weight                 Eq. 4   the ratio of two gradient norms at the encoder's last layer
     FoundationModel                         the frozen features F, then how each model is loaded
@@ -24,10 +24,10 @@ from vae import UserError, autocast, hub_file
 
 
 def marginal_cosine_loss(z, f, margin=0.5):
-    """Projected latent z' and features f, both (B, C, h, w) -> L_mcos >= 0, a scalar [Sec. 3.1]. z is z'
-    here. margin: m1. A position whose cosine is above 1 - m1 is close enough: it has no loss and no gradient,
-    which leaves the latent free to reconstruct. (The paper's text says "below m1" where its formula has 1 -
-    m1; for m1 = 0.5 they are equal.)"""
+    """Projected latent z' and features f, both (B, C, h, w) -> L_mcos >= 0, a scalar [Sec. 3.1]. margin: m1.
+    A position whose cosine is above 1 - m1 is close enough: it has no loss and no gradient, which leaves the
+    latent free to reconstruct. (The paper's text says "below m1" where its formula has 1 - m1; for m1 = 0.5
+    they are equal.)"""
     # cos_ij = z'_ij . f_ij / (|z'_ij| |f_ij|)
     cosine = F.cosine_similarity(z, f, dim=1)  # (B, h, w)
     # [Eq. 2] L_mcos = mean_ij relu(1 - m1 - cos_ij), over positions and batch
@@ -35,8 +35,8 @@ def marginal_cosine_loss(z, f, margin=0.5):
 
 def marginal_distance_matrix_loss(z, f, margin=0.25):
     """Latent z (B, C_z, h, w), features f (B, C_f, h, w) -> L_mdms >= 0, a scalar [Sec. 3.2].
-    margin: m2, the difference of two similarities that costs nothing. Eq. 3 has z where Eq. 2 has z'. The
-    authors' code puts the projected z' into both, and so does train_vae.py; then C_z = C_f."""
+    margin: m2, the largest difference of two similarities that costs nothing. Eq. 3 has z where Eq. 2 has z'.
+    The authors' code puts the projected z' into both, and so does train_vae.py; then C_z = C_f."""
     z = F.normalize(z.flatten(2), dim=1)  # (B, C_z, N) with N = h w, unit vectors
     f = F.normalize(f.flatten(2), dim=1)  # (B, C_f, N)
     z_similarity = z.mT @ z  # (B, N, N), entry [i, j] is z_i . z_j
@@ -60,16 +60,15 @@ def adaptive_weight(rec_loss, other_loss, weight, max_weight=1e8):
     """Two scalar losses whose graph reaches the parameter `weight` -> w_adaptive, a scalar without gradient.
     Multiplied by it, the other loss pulls on `weight` as hard as L_rec does, "ensuring that L_vf and L_rec
     have similar impacts on model optimization" [Sec. 3.3]. train_step uses it twice:
-      VF loss      at encoder.conv_out, "the last convolutional layer of the encoder", through which passes
-                   everything that a loss tells the encoder. (The 1x1 quant_conv after it belongs to the
+      VF loss      at encoder.conv_out, "the last convolutional layer of the encoder": every gradient that
+                   reaches the encoder passes through it. (The 1x1 quant_conv after it belongs to the
                    bottleneck. The authors' code takes conv_out, too.)
       adversary    at decoder.conv_out, as in VQGAN, from which the paper takes the idea.
 
-    What it costs, beside the one backward pass of training, which follows on the same graph:
-      VF loss      L_rec back to encoder.conv_out: through LPIPS, the whole decoder and quant_conv, but not
-                   the encoder. L_vf back to there: only through W and quant_conv.
-      adversary    L_rec back to decoder.conv_out: through LPIPS. g back to there: through the
-      discriminator."""
+    Each use costs two partial backward passes, beside the backward pass of training on the same graph:
+      VF loss      from L_rec through LPIPS, the whole decoder and both 1x1 convolutions to encoder.conv_out;
+                   from L_vf through W and quant_conv only. Neither goes through the rest of the encoder.
+      adversary    from L_rec through LPIPS to decoder.conv_out; from g through the discriminator."""
     rec_grad, = torch.autograd.grad(rec_loss, weight, retain_graph=True)  # (*weight.shape)
     other_grad, = torch.autograd.grad(other_loss, weight, retain_graph=True)
     grads = torch.stack([rec_grad, other_grad]).float()  # (2, *weight.shape)
@@ -87,7 +86,8 @@ class FoundationModel(nn.Module):
     """Image x (B, 3, H, W) in [-1, 1], grid (h, w) -> features F (B, d_f, h, w), fp32, no gradient.
     tokens(net, x): the features of an image as the network wants it. width: d_f. patch: the side of the
     network's patches in pixels. The image is resized so that the patches match the latent's positions: for a
-    16x16 grid and patches of 14, from 256 to 224 pixels. 0: a convolutional network, no resizing."""
+    16x16 grid and patches of 14, from 256 to 224 pixels. 0 means a convolutional network, for which nothing
+    is resized."""
     def __init__(self, net, tokens, width, patch, mean, std):
         super().__init__()
         self.net = net.eval().requires_grad_(False)  # frozen
@@ -116,11 +116,10 @@ TIMM_MODELS = {"mae": "vit_large_patch16_224.mae", "sam": "samvit_large_patch16.
 
 def load_foundation_model(name, grid=(16, 16), vf_input="model", teacher=None):
     """Name -> FoundationModel: dinov2 (ViT-L/14), dinov2-s, -b, -l, -g, mae, clip, sam, or mini.
-    A new one goes here: a network, a function `tokens`, its width, patch size, mean and std; and its name
-    into the choices of --vf in train_vae.py. grid: the latent's (h, w). teacher: the trained Classifier
-    behind the name mini. vf_input "authors": images in [-1, 1] without the model's own mean and std, which
-    the authors' issues call a small bug, in fp32, and for dinov2 timm's port, which resizes the position
-    table with antialiasing."""
+    To add a model, build its FoundationModel here and add its name to the choices of --vf in train_vae.py.
+    grid: the latent's (h, w). teacher: the trained Classifier behind the name mini. vf_input "authors"
+    repeats their code: images in [-1, 1] without the model's own mean and std (a small bug, say their
+    issues), fp32, and for dinov2 timm's port, which resizes the position table with antialiasing."""
     if name == "mini":
         return FoundationModel(teacher, lambda net, x: net.features(x), teacher.width, 0, HALF, HALF)
     family, _, size = name.partition("-")
@@ -167,7 +166,7 @@ def load_timm(name, grid):
     model = TIMM_MODELS[name]
     weights = hub_file(f"https://huggingface.co/timm/{model}/resolve/main/model.safetensors",
                        name=f"{model}.safetensors")
-    # Any image size, which SAM's ViT takes without being told.
+    # images of any size, for which SAM's ViT needs no option
     dynamic = {} if name == "sam" else {"dynamic_img_size": True}
     net = timm.create_model(model, pretrained=True, pretrained_cfg_overlay={"file": str(weights)}, **dynamic)
     patch, config = net.patch_embed.patch_size[0], net.pretrained_cfg

@@ -1,11 +1,10 @@
-"""Kills the four scripts at random moments, runs each again until it finishes, and compares every output
-with an undisturbed run's, byte for byte. Not part of the suite.
+"""Kills the four scripts at random moments, runs each again, and compares every output with that of an
+undisturbed run, byte for byte. Not part of the suite.
 
-    python tests/kill.py --runs 50 --seed 0
+    python tests/kill.py --runs 30 --seed 0
 """
 import argparse
 import csv
-import os
 import random
 import shutil
 import signal
@@ -14,62 +13,47 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
-from test_mistakes import start
+from test_cli import Job, photos
 
 COMMANDS = {
-    "train_vae": "--out run --data photos --image-size 32 --spec mini-f4d4 --vf mini --teacher-steps 20 "
-                 "--disc-start 6 "
-                 "--batch-size 4 --steps 16 --log-every 3 --save-every 2 --workers 1",
+    "train_vae": "--out run --data photos --image-size 32 --spec mini-f4d4 --vf mini --teacher-steps 10 "
+                 "--disc-weight 0.5 --disc-start 6 --batch-size 4 --steps 16 --log-every 3 --save-every 2 "
+                 "--workers 1",
     "train_dit": "--out run --size mini-XS --batch-size 4 --steps 30 --log-every 4 --save-every 3 "
-                 "--sample-every 6 "
-                 "--keep-every 10 --extract-batch 2",
-    "sample": "--out run --num 60 --steps 8 --batch-size 5 --png --sweep 1,2 --trajectory 0,0.5,1",
-    "fid": "--out run --steps 30 --num 30 --batch-size 4"}
+                 "--sample-every 6 --keep-every 10 --extract-batch 1 --workers 1",
+    "sample": "--out run --num 60 --sampling-steps 8 --batch-size 5 --png --sweep 1,2 --trajectory 0,0.5,1",
+    "fid": "--out run --score-net-steps 30 --num 30 --batch-size 4"}
 # (script, phase, what marks its begin: a file of this pattern is there; "" the process has begun)
 PHASES = [
     ("train_vae", "start and teacher", ""), ("train_vae", "loop", "run/metrics_vae.csv"),
     ("train_vae", "save", "run/.vae.pt.tmp"), ("train_vae", "pictures", "run/.reconstructions.png.tmp"),
-    ("train_vae", "loop", "run/vae.pt"), ("train_dit", "extraction", "run/latents/marks"),
-    ("train_dit", "begin of the extraction", "run/latents/lock"), ("train_dit", "merging",
-                                                            "run/latents/latents.json"),
+    ("train_vae", "loop", "run/vae.pt"), ("train_dit", "begin of the extraction", "run/latents/latents.json"),
+    ("train_dit", "extraction", "run/latents/latents-00000.npy"),
+    ("train_dit", "end of the extraction", "run/latents/labels.npy"),
     ("train_dit", "loop", "run/metrics_dit.csv"), ("train_dit", "save", "run/.dit.pt.tmp"),
-    ("sample", "begin of sampling", "run/samples_parts"), ("sample", "sampling", "run/samples_parts/marks"),
+    ("sample", "begin of sampling", "run/samples_parts/images.json"),
+    ("sample", "sampling", "run/samples_parts/images-00000.npy"),
     ("sample", "merging", "run/.samples.npz.tmp"), ("sample", "after merging", "run/samples.npz"),
-    ("sample", "PNGs", "run/samples"), ("fid", "score network", ""), ("fid", "scoring", "run/score_net.pt"),
+    ("sample", "PNGs", "run/samples"), ("fid", "score network", ""), ("fid", "scoring", "run/score_net-*.pt"),
     ("fid", "writing", "run/.scores.json.tmp")]
 
 
-def photos(folder):
-    rng = np.random.default_rng(0)
-    for c, name in enumerate(("ant", "bee", "cat")):
-        (folder / name).mkdir(parents=True)
-        for i in range(20):
-            noise = np.clip(rng.normal(80 * c + 40, 30, (32, 36, 3)), 0, 255).astype(np.uint8)
-            Image.fromarray(noise).save(folder / name / f"{i:02}.png")
-
-
 def begin(script, folder):
-    with tempfile.TemporaryFile() as out, open(folder.parent / "err", "wb") as err:
-        return start(script, COMMANDS[script].split(), folder, out, err)
+    return Job(f"{script}.py {COMMANDS[script]}", folder)
 
 
 def kill(script, folder, number, pattern, delay):
     """Start it, send the signal so long after the phase's begin -> exit status, and whether it still ran."""
-    pid, began = begin(script, folder), None
-    while True:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status), False
-        if began is None and (not pattern or (folder / pattern).exists()):
+    job, began = begin(script, folder), None
+    while job.running():
+        if began is None and (not pattern or any(folder.glob(pattern))):
             began = time.perf_counter()
         if began is not None and time.perf_counter() - began >= delay:
-            os.kill(pid, number)
-            return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), True
+            return job.send(number).wait().status, True
+    return job.wait().status, False
 
 
 def flat(value):
@@ -107,39 +91,38 @@ def main():
     rng, failed, hit = random.Random(args.seed), 0, 0
     with tempfile.TemporaryDirectory() as root:
         root, before, whole, seconds = Path(root), {}, {}, {}
-        photos(root / "here" / "photos")
+        photos(root / "here" / "photos", n=50, size=(32, 36))
         for script in COMMANDS:   # undisturbed; what was there before it is where the killed runs begin
             before[script] = shutil.copytree(root / "here", root / f"before-{script}")
             then = time.perf_counter()
-            status = os.waitstatus_to_exitcode(os.waitpid(begin(script, root / "here"), 0)[1])
-            assert status == 0, (root / "err").read_text()
+            end = begin(script, root / "here").wait()
+            assert end.status == 0, end.err
             seconds[script], whole[script] = time.perf_counter() - then, outputs(root / "here")
         for i in range(args.runs):
             script, phase, pattern = PHASES[i % len(PHASES)]
             number = signal.SIGTERM if rng.random() < 0.4 else signal.SIGKILL
             folder = shutil.copytree(before[script], root / f"run-{i}")
             # a short phase by some ms, a long one anywhere
-            short = pattern.endswith((".tmp", ".json", ".npz", "lock", "parts"))
+            short = pattern.endswith((".tmp", ".json", ".npz", "labels.npy"))
             delay = rng.uniform(0, 0.02 if short else 0.8 * seconds[script])
             status, running = kill(script, folder, number, pattern, delay)
             hit += running and status != 0
             again = 0
             if rng.random() < 0.3:   # and once more, anywhere
                 kill(script, folder, signal.SIGKILL, "", rng.uniform(0, seconds[script]))
-            status_again = None
-            while status_again != 0 and again < 5:
+            end = None
+            while (end is None or end.status) and again < 5:
                 again += 1
-                status_again = os.waitstatus_to_exitcode(os.waitpid(begin(script, folder), 0)[1])
+                end = begin(script, folder).wait()
             found = outputs(folder)
             wrong = [path for path in found.keys() | whole[script].keys()
                      if found.get(path) != whole[script].get(path)]
-            good = not wrong and again == 1 and status in (0, -number, 128 + number)
+            good = not wrong and again == 1 and status in (0, 128 + number)
             failed += not good
             print(f"{i + 1:3} {script:9} {phase:24} {number.name} after {delay:5.3f} s: status {status:4}, "
-                  f"then "
-                  f"{status_again}: {'the same bytes' if good else f'DIFFERENT: {wrong}'}", flush=True)
+                  f"then {end.status}: {'the same bytes' if good else f'DIFFERENT: {wrong[:5]}'}", flush=True)
             if not good:
-                print((root / "err").read_text()[-2000:])
+                print(end.err[-2000:])
                 shutil.copytree(folder, f"/tmp/killed-{i}", dirs_exist_ok=True)
             shutil.rmtree(folder)
     print(f"{args.runs - failed} of {args.runs} as undisturbed; {hit} were hit while running")

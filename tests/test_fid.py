@@ -17,7 +17,7 @@ from torchvision.models import inception_v3
 
 import fid
 from train_vae import World
-from vae import SPECS, AutoencoderKL, UserError
+from vae import SPECS, AutoencoderKL, UserError, fingerprint
 
 ROOT = Path(__file__).resolve().parents[1]
 WORLD = World("cpu")
@@ -82,7 +82,7 @@ def test_frechet_distance_with_fewer_images_than_dimensions():
     assert fid.frechet_distance(*a, *b) == pytest.approx(by_sqrtm(*a, *b), rel=1e-3)
 
 
-def test_inception_score():
+def test_inception_score_equals_loops_and_torch_fidelity():
     logits = torch.randn(230, 17, generator=torch.Generator().manual_seed(0)) * 2
     probs = logits.softmax(1)
     scores = []
@@ -98,7 +98,7 @@ def test_inception_score():
     assert fid.inception_score(probs[:200], split=100) == pytest.approx(theirs, rel=1e-6)
 
 
-def test_precision_recall():
+def test_precision_and_recall_equal_loops_and_torch_fidelity():
     g = torch.Generator().manual_seed(0)
     reference, samples = torch.randn(150, 8, generator=g), torch.randn(130, 8, generator=g) * 0.7 + 0.2
     a, b = reference.double().numpy(), samples.double().numpy()
@@ -136,7 +136,7 @@ def test_psnr_and_ssim_equal_torchmetrics(shape):
     assert torch.isinf(fid.psnr(x, x)).all()
 
 
-def test_mean_and_covariance_are_numpy_s_and_batches_keep_their_order():
+def test_mean_and_covariance_are_those_of_numpy_and_batches_keep_their_order():
     rng = np.random.default_rng(5)
     pool, spatial = gaussian(rng, 230, 12, 3.0), gaussian(rng, 230, 7)
     parts = [[torch.from_numpy(v[start:start + 64]) for v in (pool, spatial)] for start in range(0, 230, 64)]
@@ -218,7 +218,7 @@ def test_inception_features_equal_pytorch_fid(inception_cache, monkeypatch, tmp_
     assert (tf - expected).abs().max() > 1e-3 * expected.abs().max()      # the switch does something
 
 
-def test_inception_weights_missing_or_damaged_is_one_clear_line(inception_cache, monkeypatch, tmp_path):
+def test_inception_weights_that_are_missing_or_others_end_in_one_line(inception_cache, monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_HOME", str(inception_cache[0]))
     with pytest.raises(UserError, match="6726825d"):      # the real hash: random weights must not pass for it
         fid.feature_network(settings(tmp_path, features="inception"), {}, WORLD)
@@ -229,6 +229,23 @@ def test_inception_weights_missing_or_damaged_is_one_clear_line(inception_cache,
         fid.feature_network(settings(tmp_path, features="inception"), {}, WORLD)
 
 
+@pytest.fixture
+def cli(tmp_path, monkeypatch, capsys):
+    """The command line, in this process: what it printed, or the one line with which it failed."""
+    def run(*flags, fails=False):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["fid.py", *flags, "--device", "cpu"])
+        status = 0
+        try:
+            fid.run_script(fid.Settings, fid.PRESETS, "", fid.main)
+        except SystemExit as end:
+            status = end.code
+        printed = capsys.readouterr()
+        assert status == int(fails), printed.err
+        return printed.err.strip().splitlines()[-1] if fails else printed.out
+    return run
+
+
 # --- images ---------------------------------------------------------------------------------------
 
 def all_images(source, s):
@@ -236,12 +253,16 @@ def all_images(source, s):
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-@pytest.mark.parametrize("layout", [np.ascontiguousarray, np.asfortranarray])
-def test_npz_is_read_as_numpy_reads_it(tmp_path, save, layout):
-    x = np.random.default_rng(0).integers(0, 256, (23, 6, 5, 3), dtype=np.uint8)
-    meta = np.array(json.dumps({"sampler": "euler"}))
-    save(tmp_path / "a.npz", arr_0=layout(x), arr_1=np.arange(23), meta=meta)
-    source = fid.Pictures(tmp_path / "a.npz")
+def test_npz_is_read_as_numpy_reads_it(tmp_path, save):
+    rng = np.random.default_rng(0)
+    x, meta = rng.integers(0, 256, (23, 6, 5, 3), dtype=np.uint8), np.array(json.dumps({"sampler": "euler"}))
+    save(tmp_path / "a.npz", arr_0=x, arr_1=np.arange(23), meta=meta, other=np.asfortranarray(x))
+    with np.load(tmp_path / "a.npz") as archive:
+        for name in archive.files:
+            mapped = fid.map_npz(tmp_path / "a.npz", archive, name)
+            assert mapped.dtype == archive[name].dtype and np.array_equal(mapped, archive[name]), name
+        assert isinstance(fid.map_npz(tmp_path / "a.npz", archive, "arr_0"), np.memmap) == (save is np.savez)
+    source = fid.ImageBatch(tmp_path / "a.npz")
     assert (all_images(source, settings(tmp_path, batch_size=4)) == x).all()
     assert source.meta == {"sampler": "euler"} and source.labels.tolist() == list(range(23))
     few = all_images(source, settings(tmp_path, batch_size=4, num=5))
@@ -255,35 +276,33 @@ def test_some_images_are_of_all_classes_whatever_their_order():
         assert len(set(labels[index])) == 1000
 
 
-def test_folder_names_what_is_wrong(tmp_path):
+def test_a_folder_of_images_is_read_whole_or_refused(tmp_path):
     rng, s = np.random.default_rng(0), settings(tmp_path)
     for name, size in (("b/1.png", 20), ("a/2.png", 20)):
         (tmp_path / name).parent.mkdir()
         Image.fromarray(rng.integers(0, 256, (size, size), dtype=np.uint8)).save(tmp_path / name)     # grey
-    batch = all_images(fid.Pictures(tmp_path), s)
+    batch = all_images(fid.ImageBatch(tmp_path), s)
     assert batch.shape == (2, 20, 20, 3)
     assert (batch[0] == np.array(Image.open(tmp_path / "a/2.png").convert("RGB"))).all()
     Image.fromarray(rng.integers(0, 256, (30, 26, 3), dtype=np.uint8)).save(tmp_path / "c.png")
     with pytest.raises(UserError, match="c.png.*--image-size"):
-        all_images(fid.Pictures(tmp_path), s)
-    assert all_images(fid.Pictures(tmp_path, 20), s).shape == (3, 20, 20, 3)
+        all_images(fid.ImageBatch(tmp_path), s)
+    assert all_images(fid.ImageBatch(tmp_path, 20), s).shape == (3, 20, 20, 3)
     (tmp_path / "d.png").write_bytes(b"no image")
     with pytest.raises(UserError, match="d.png"):
-        all_images(fid.Pictures(tmp_path, 20), s)
+        all_images(fid.ImageBatch(tmp_path, 20), s)
 
 
 @pytest.mark.parametrize("arrays, word", [
-    ({"arr_0": np.zeros((3, 8, 8, 3))}, "float64"),
-    ({"arr_0": np.zeros((3, 8, 8), np.uint8)}, "uint8"),
-    ({"arr_0": np.array([None, "x"])}, "damaged"),
-    ({"mu": np.array([np.nan])}, "finite"),
-    ({"arr_0": np.zeros((3, 8, 8, 3), np.uint8), "arr_1": np.zeros(2, int)}, "arr_1"),
-    ({"arr_0": np.zeros((3, 8, 8, 3), np.uint8), "meta": np.array("{")}, "batch"),
+    ({"arr_0": np.zeros((3, 8, 8, 3))}, "arr_0 is float64"),
+    ({"arr_0": np.zeros((3, 8, 8), np.uint8)}, "not uint8 .N, H, W, 3."),
+    ({"arr_0": np.zeros((3, 8, 8, 3), np.uint8), "arr_1": np.zeros(3)}, "arr_1 holds float64, not integer"),
+    ({"other": np.zeros(3)}, "neither images"),
 ])
 def test_a_batch_is_checked_when_it_is_opened(tmp_path, arrays, word):
     np.savez(tmp_path / "bad.npz", **arrays)
     with pytest.raises(UserError, match=f"bad.npz.*{word}"):
-        fid.Pictures(tmp_path / "bad.npz", wanted=fid.STATISTICS)
+        fid.ImageBatch(tmp_path / "bad.npz")
 
 
 class Toy(torch.nn.Module):
@@ -294,35 +313,43 @@ class Toy(torch.nn.Module):
         return pool, pool[:, :5], pool.softmax(1)
 
 
-def test_adm_reference_statistics_are_used_where_they_fit(tmp_path, monkeypatch):
+def test_statistics_of_adm_are_used_for_both_inputs_of_inception_only(tmp_path, monkeypatch, cli):
     x = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)
     stored = {"mu": np.ones(12), "sigma": np.eye(12), "mu_s": np.zeros(5), "sigma_s": 2 * np.eye(5)}
-    monkeypatch.setattr(fid, "STATISTICS", {name: value.shape for name, value in stored.items()})   # Toy's
+    np.savez(tmp_path / "x.npz", arr_0=x)
     np.savez(tmp_path / "adm.npz", arr_0=x, **stored)
     np.savez(tmp_path / "bare.npz", **stored)
-
-    def opened(samples, reference, **change):
-        s = settings(tmp_path, data="shapes", image_size=8, samples=tmp_path / samples,
-                     reference=tmp_path / reference, **change)
-        return fid.open_run(s, WORLD)[3], s
-
-    def target(source, s):
-        return fid.features_of(source, Toy(), s, WORLD, "x") | source.statistics
-
-    source, s = opened("adm.npz", "adm.npz", features="inception")
-    got = target(source, s)
-    assert all((got[k] == v).all() for k, v in stored.items()) and got["pool"].shape == (40, 12)
-    ours = fid.features_of(source, Toy(), s, WORLD, "x")
-    values = fid.compare(ours, target(*opened("adm.npz", "bare.npz", features="inception")))
-    assert values["FID"] > 0 and values["precision"] is None             # no images, no precision
-    for change in ({}, {"features": "inception", "inception_input": "pytorch-fid"}):
-        got = target(*opened("adm.npz", "adm.npz", **change))
-        np.testing.assert_allclose(got["mu"], ours["pool"].mean(0), rtol=1e-6)   # not of these features
-        with pytest.raises(UserError, match="bare.npz"):
-            opened("adm.npz", "bare.npz", **change)
     np.savez(tmp_path / "large.npz", arr_0=x.repeat(2, 1))
-    with pytest.raises(UserError, match=r"large.npz.*\(16, 8\).*adm.npz.*\(8, 8\)"):
-        opened("large.npz", "adm.npz", features="inception")
+    monkeypatch.setattr(fid, "feature_network", lambda *args: (Toy(), "Toy"))
+    ours = fid.features_of(fid.ImageBatch(tmp_path / "x.npz"), Toy(), settings(tmp_path), WORLD)
+    distances = [fid.frechet_distance(ours[m], ours[s], stored[m], stored[s])
+                 for m, s in (("mu", "sigma"), ("mu_s", "sigma_s"))]
+
+    def score(reference, *flags, fails=False):
+        printed = cli("--out", "run", "--samples", "x.npz", "--reference", reference, *flags, fails=fails)
+        if fails:
+            return printed
+        return json.loads((tmp_path / "run" / "scores.json").read_text())["samples"]["values"]
+
+    for flags in ((), ("--inception-input", "pytorch-fid")):
+        values = score("adm.npz", *flags)
+        assert [values["FID"], values["sFID"]] == pytest.approx(distances, rel=1e-9) and values["FID"] > 1
+        assert values["precision"] == values["recall"] == 1
+    values = score("bare.npz")  # without images there is no precision
+    assert [values["FID"], values["sFID"]] == pytest.approx(distances) and values["precision"] is None
+    assert abs(score("adm.npz", "--features", "mini")["mini-FID"]) < 1e-6  # not of these features
+    assert "bare.npz" in score("bare.npz", "--features", "mini", fails=True)
+    line = score("large.npz", fails=True)
+    assert "(16, 8)" in line and "(8, 8)" in line and "several sizes" in line
+
+
+def test_scores_in_mini_features_need_two_classes(tmp_path):
+    (tmp_path / "data" / "only").mkdir(parents=True)
+    for i in range(12):
+        Image.new("RGB", (32, 32), (20 * i, 0, 0)).save(tmp_path / "data" / "only" / f"{i}.png")
+    s = settings(tmp_path, features="mini", data=str(tmp_path / "data"), image_size=32)
+    with pytest.raises(UserError, match="only one: use --features inception"):
+        fid.feature_network(s, {}, WORLD)
 
 
 # --- tokenizers -----------------------------------------------------------------------------------
@@ -387,7 +414,7 @@ def test_tokenizer_scores_equal_the_authors_protocol(inception_cache, monkeypatc
         head.weight.abs_()
     monkeypatch.setattr(fid, "LPIPS", lambda: ours)
     s = fid.Settings(out=str(tmp_path), data=str(data), image_size=size, num=100, batch_size=8, workers=0)
-    test = fid.dataset(s, {}, "test", fid.authors_crop)
+    test = fid.data_set(s, {}, "test", fid.authors_crop)
     net = load_inception(inception_cache, monkeypatch, tmp_path, s.rfid_input)
     got = fid.score_tokenizer(vae, test, net, s, WORLD)
 
@@ -421,10 +448,14 @@ def test_tokenizer_scores_equal_the_authors_protocol(inception_cache, monkeypatc
     assert got == pytest.approx(theirs, rel=1e-3)
     # both choices matter here (that Inception's input does: test_inception_features_equal_pytorch_fid)
     for crop, posterior in ((fid.center_crop, "sample"), (fid.authors_crop, "mode")):
-        s.posterior, other = posterior, fid.dataset(s, {}, "test", crop)
+        s.posterior, other = posterior, fid.data_set(s, {}, "test", crop)
         values = fid.score_tokenizer(vae, other, Toy(), s, WORLD)
         values["rFID"] = theirs["rFID"]   # Toy is another judge
         assert values != pytest.approx(theirs, rel=1e-3)
+
+
+class Noisy(list):
+    name = "noisy photos"
 
 
 def test_noise_raises_every_distance_monotonically(tmp_path):
@@ -434,8 +465,8 @@ def test_noise_raises_every_distance_monotonically(tmp_path):
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
 
     def features(level):
-        images = list((x + level * noise).round().clamp(0, 255).to(torch.uint8))
-        return fid.features_of(images, partial(fid.score_net, classifier), s, WORLD, "x")
+        images = Noisy((x + level * noise).round().clamp(0, 255).to(torch.uint8))
+        return fid.features_of(images, partial(fid.score_net, classifier), s, WORLD)
 
     reference = features(0)
     scores = [fid.compare(features(level), reference) for level in (0, 5, 15, 40, 100)]
@@ -475,7 +506,7 @@ def test_uniformity_of_a_gaussian_has_a_closed_form_and_orders_shapes():
         assert x["normalized entropy"] > y["normalized entropy"]
 
 
-def test_latent_vectors_and_embeddings(tmp_path):
+def test_latent_vectors_are_positions_of_images_and_embeddings_are_planes(tmp_path):
     rng = np.random.default_rng(0)
     z = (rng.normal(size=(300, 5, 3, 4)) * np.arange(1, 6)[:, None, None] + 7).astype(np.float16)
     np.save(tmp_path / "latents.npy", z)
@@ -489,13 +520,11 @@ def test_latent_vectors_and_embeddings(tmp_path):
     # the same in a folder as train_dit.py leaves it, each image plain and flipped, and in the authors' shards
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
     ours.mkdir()
-    np.save(ours / "latents.npy", np.stack([z, z[..., ::-1]], 1))
+    np.save(ours / "latents-00000.npy", np.stack([z, z[..., ::-1]], 1))
     np.save(ours / "labels.npy", np.arange(300) % 2)
     stats = {"mean": [7.0] * 5, "std": [1.0] * 5}
-    meta = {"shape": [5, 3, 4], "classes": ["a", "b"], "fingerprint": "", "identity": "", "image_size": 8}
-    (ours / "latents.json").write_text(json.dumps(meta | stats))
+    (ours / "latents.json").write_text(json.dumps({"classes": ["a", "b"]} | stats))
     assert (fid.latent_vectors(ours, seed=0) == got).all() and (fid.latent_vectors(ours, seed=1) != got).any()
-    assert (fid.latent_vectors(ours / "latents.npy", seed=0) == got).all()
     safetensors = pytest.importorskip("safetensors.torch")
     theirs.mkdir()
     for k, x in enumerate(torch.from_numpy(z).float().split(170)):
@@ -514,60 +543,73 @@ def test_latent_vectors_and_embeddings(tmp_path):
     assert fid.embed(got[:100], "tsne", 0).shape == (100, 2)
 
 
-@pytest.mark.parametrize("vectors", [
-    np.ones((50, 4)), np.zeros((50, 2)), np.arange(50.0), np.arange(50.0)[:, None],
-    np.outer(range(50), [1, 2]), np.full((50, 4), np.nan), np.array([["a", "b"]] * 9), np.array([{}])])
-def test_vectors_without_a_plane_are_one_clear_line(tmp_path, vectors):
-    np.save(tmp_path / "z.npy", vectors)
-    with pytest.raises(UserError, match="z.npy"):
-        fid.latent_vectors(tmp_path / "z.npy", seed=0)
-
-
 # --- the command line -----------------------------------------------------------------------------
 
-@pytest.fixture
-def cli(tmp_path, monkeypatch, capsys):
-    """The command line, in this process: what it printed, or the one line with which it failed."""
-    def run(*flags, fails=False):
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["fid.py", *flags, "--device", "cpu"])
-        with pytest.raises(SystemExit) as end:
-            fid.run_script(fid.Settings, fid.PRESETS, "", fid.main)
-        printed = capsys.readouterr()
-        assert end.value.code == int(fails), printed.err
-        return printed.err.strip().splitlines()[-1] if fails else printed.out
-    return run
-
-
-def test_command_line_scores_an_npz_against_a_folder(tmp_path, cli):
+def write_images(tmp_path):
+    """The same 24 images as samples.npz, as a folder photos, and as a data set with two classes."""
     x = photos(24, 32, 32).permute(0, 2, 3, 1).numpy()
-    meta = {"integrator": "euler", "guidance": 1.5, "labels": "balanced"}
+    meta = {"integrator": "euler", "cfg_scale": 1.5, "labels": "balanced"}
     np.savez(tmp_path / "samples.npz", arr_0=x, arr_1=np.arange(24) % 2, meta=np.array(json.dumps(meta)))
-    (tmp_path / "photos").mkdir()
     for i, image in enumerate(x):
-        Image.fromarray(image).save(tmp_path / "photos" / f"{i:02}.png")
-        (tmp_path / "data" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(tmp_path / "data" / "ab"[i % 2] / f"{i:02}.png")
-    flags = ("--out", "run", "--samples", "samples.npz", "--reference", "photos", "--data", "data",
-             "--image-size", "32", "--steps", "60")
-    printed, run = cli(*flags), tmp_path / "run"
+        for folder in (tmp_path / "photos", tmp_path / "data" / "ab"[i % 2]):
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(folder / f"{i:02}.png")
+    return x, meta
+
+
+def test_two_sets_of_images_by_name_need_no_run(tmp_path, cli, inception_cache, monkeypatch):
+    x, _ = write_images(tmp_path)
+    monkeypatch.setenv("TORCH_HOME", str(inception_cache[0]))
+    monkeypatch.setattr(fid, "INCEPTION_HASH", f"sha256:{inception_cache[2]}")
+    (tmp_path / "runs" / "mini").mkdir(parents=True)
+    scores = tmp_path / "runs" / "mini" / "scores.json"
+    scores.write_text("those of a run")
+    pair = ("--samples", "samples.npz", "--reference", "photos")
+    for flags, name in (((*pair, "--features", "inception", "--num", "6"), "| FID"),
+                        ((*pair, "--features", "mini", "--data", "shapes", "--image-size", "32",
+                          "--score-net-steps", "2", "--num", "50"), "| mini-FID")):
+        printed = cli(*flags)
+        line = next(line for line in printed.splitlines() if line.startswith(name))
+        assert abs(float(line.split("|")[2])) < 1e-3 and "cfg_scale 1.5" in printed
+        assert "real" not in printed and "class accuracy" not in printed
+        assert scores.read_text() == "those of a run"
+    np.savez(tmp_path / "other.npz", arr_0=255 - x)
+    printed = cli("--samples", "other.npz", "--reference", "samples.npz", "--num", "6", "--out", "run")
+    assert "Inception" in printed  # it is the default for two sets by name
+    values = json.loads((tmp_path / "run" / "scores.json").read_text())["samples"]["values"]
+    assert values["FID"] > 0.1
+
+
+def test_samples_of_a_run_are_scored_against_its_images(tmp_path, cli):
+    x, meta = write_images(tmp_path)
+    run, flags = tmp_path / "run", ("--out", "run", "--score-net-steps", "60")
+    run.mkdir()
+    meta["tokenizer_fingerprint"] = fingerprint(save_tokenizer(run / "vae.pt", 1, 1))
+    np.savez(run / "samples.npz", arr_0=x, arr_1=np.arange(24) % 2, meta=np.array(json.dumps(meta)))
+    printed = cli(*flags)
     scores = json.loads((run / "scores.json").read_text())
     values = scores["samples"]["values"]
-    assert abs(values["mini-FID"]) < 1e-6 and values["mini-precision"] == values["mini-recall"] == 1
-    assert values["class accuracy"] > 0.9                     # the network has trained on these very images
-    assert scores["samples"]["meta"] == meta and scores["real"]["images"] == 2
-    assert scores["samples"]["images"] == 24 and "photos (24 images)" in printed
-    assert "mini-FID" in printed and "| FID" not in printed and "guidance 1.5" in printed
-    network, first = (run / "score_net.pt").stat().st_mtime_ns, (run / "scores.json").read_bytes()
+    assert scores["samples"]["against"] == "data train 32x32 (22 images)" and scores["real"]["images"] == 2
+    assert values["class accuracy"] > 0.9  # the network has trained on nearly all of these images
+    assert values["mini-recall"] == 1 and values["mini-FID"] < scores["tokenizer"]["values"]["mini-rFID"]
+    assert scores["samples"]["meta"] == meta and scores["samples"]["images"] == 24
+    assert "mini-FID" in printed and "| FID" not in printed and "cfg_scale 1.5" in printed
+    (network,) = run.glob("score_net-*.pt")
+    trained = network.stat().st_mtime_ns
     assert cli(*flags) == printed
-    assert {p.name for p in run.iterdir()} == {"scores.json", "score_net.pt"}
-    # other samples: the earlier scores are kept, and the network is not trained again
+    # with other samples, the network is not trained again, and nothing of the run's scores changes
     np.savez(tmp_path / "other.npz", arr_0=x[::-1], arr_1=np.arange(24) % 2)
-    again = cli(*flags[:3], "other.npz", *flags[4:])
-    assert "scores-1.json" in again and (run / "scores-1.json").read_bytes() == first
-    other = json.loads((run / "scores.json").read_text())["samples"]["values"]
-    assert other["class accuracy"] < 0.1 and abs(other["mini-FID"]) < 1e-6
-    assert (run / "score_net.pt").stat().st_mtime_ns == network
+    before = (run / "scores.json").read_bytes()
+    printed = cli("--samples", "other.npz", "--cache", "run", "--data", "data", "--image-size", "32",
+                 "--score-net-steps", "60")
+    accuracy = next(line for line in printed.splitlines() if line.startswith("| class accuracy"))
+    assert float(accuracy.split("|")[2]) < 0.1
+    assert network.stat().st_mtime_ns == trained and (run / "scores.json").read_bytes() == before
+    # samples of another tokenizer are refused
+    made = {"tokenizer_fingerprint": "0123456789abcdef"}
+    np.savez(run / "samples.npz", arr_0=x, arr_1=np.arange(24) % 2, meta=np.array(json.dumps(made)))
+    line = cli(*flags, fails=True)
+    assert "decoded by another tokenizer than run/vae.pt" in line and "train_dit.py" in line
 
 
 def test_two_processes_score_as_one(tmp_path):
@@ -578,10 +620,11 @@ def test_two_processes_score_as_one(tmp_path):
     found = []
     for processes in (1, 2):
         launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--"] if processes > 1 else []
-        flags = f"--out run{processes} --samples samples.npz --vae vae.pt --data shapes --num 50 --steps 5"
-        subprocess.run([sys.executable, *launcher, str(ROOT / "fid.py"), *flags.split(), "--batch-size", "16",
-                        "--device", "cpu"], cwd=tmp_path, check=True, timeout=120)
-        assert {p.name for p in (tmp_path / f"run{processes}").iterdir()} == {"scores.json", "score_net.pt"}
+        flags = f"--out run{processes} --samples samples.npz --vae vae.pt --data shapes --num 50"
+        flags = [*flags.split(), "--device", "cpu", "--batch-size", "16", "--score-net-steps", "5"]
+        subprocess.run([sys.executable, *launcher, str(ROOT / "fid.py"), *flags], cwd=tmp_path, check=True)
+        names = sorted(path.name for path in (tmp_path / f"run{processes}").iterdir())
+        assert len(names) == 2 and names[0].startswith("score_net-") and names[1] == "scores.json"
         found.append(json.loads((tmp_path / f"run{processes}" / "scores.json").read_text()))
     for kind in ("tokenizer", "samples", "real"):
         one, two = (scores[kind] for scores in found)
@@ -590,7 +633,7 @@ def test_two_processes_score_as_one(tmp_path):
             assert value is None or two["values"][name] == pytest.approx(value, rel=1e-4, abs=1e-7), name
 
 
-def test_command_line_uniformity(tmp_path, cli):
+def test_uniformity_is_printed_and_drawn(tmp_path, cli):
     np.save(tmp_path / "z.npy", np.random.default_rng(0).normal(size=(400, 2)))
     printed = cli("--uniformity", "z.npy", "--out", "run", "--uniformity-seeds", "2")
     assert "2-D" in printed and "density cv" in printed
@@ -602,22 +645,24 @@ def save_tokenizer(path, step, total, scale=1.0):
     state = {k: scale * v for k, v in AutoencoderKL(**SPECS["mini-f4d4"]).state_dict().items()}
     settings = {"data": "data", "image_size": 32}
     torch.save({"stage": "vae", "step": step, "total_steps": total, "spec": SPECS["mini-f4d4"],
-                "state_dict": state, "settings": settings}, path)
+                "model": state, "settings": settings}, path)
+    return state
 
 
 @pytest.mark.parametrize("flags, word", [
     ((), "train_vae.py"),
     (("--samples", "."), "--data"),
+    (("--samples", ".", "--reference", "nowhere"), "nowhere"),
     (("--samples", "one.npz", "--data", "shapes", "--image-size", "32"), "arr_0"),
     (("--samples", "nothing.npz", "--data", "shapes", "--image-size", "32"), "nothing.npz"),
-    (("--samples", "empty.npz", "--data", "shapes", "--image-size", "32"), "empty.npz"),
+    (("--samples", "image.png", "--data", "shapes", "--image-size", "32"), "image.png cannot be read as an"),
     (("--vae", "young.pt"), "young.pt is unfinished"),
     (("--uniformity", "nothing.npy"), "nothing.npy"),
-    (("--uniformity-seeds", "0"), "--uniformity-seeds"),
+    (("--uniformity", "one.npy"), "one.npy holds (50,), not vectors"),
 ])
-def test_mistakes_are_one_clear_line(tmp_path, cli, flags, word):
+def test_mistakes_end_in_one_line(tmp_path, cli, flags, word):
     Image.new("RGB", (32, 32)).save(tmp_path / "image.png")
     np.savez(tmp_path / "one.npz", other=np.zeros(3))
-    (tmp_path / "empty.npz").write_bytes(b"")
+    np.save(tmp_path / "one.npy", np.arange(50.0))
     save_tokenizer(tmp_path / "young.pt", 3, 9)
     assert word in cli(*flags, "--out", "run", fails=True)

@@ -5,8 +5,12 @@ import csv
 import functools
 import json
 import math
-import statistics
-import time
+import multiprocessing
+import os
+import re
+import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields
 from types import SimpleNamespace
 
@@ -15,17 +19,16 @@ import pytest
 import scipy.special
 import scipy.stats
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
 import train_dit
 import train_vae
-from dit import SIZES, LightningDiT, RMSNorm, SwiGLU
+from dit import SIZES, RMSNorm, SwiGLU
 from train_dit import (
     LADDER,
     PRESETS,
-    AuthorsLatents,
-    LatentBatches,
     Latents,
     Run,
     Settings,
@@ -34,20 +37,22 @@ from train_dit import (
     ddpm_loss,
     ddpm_velocity,
     flow_matching_loss,
+    latent_batch,
     open_latents,
     preview,
     sample_time,
+    warn_of_ema,
 )
 from train_vae import (
     Images,
     World,
     batch_indices,
     parse_settings,
-    save_checkpoint,
     step_generator,
     to_float,
+    write_checkpoint,
 )
-from vae import SPECS, AutoencoderKL, UserError, fingerprint, load_weights
+from vae import SPECS, AutoencoderKL, UserError, fingerprint
 
 
 def world(rank=0, size=1):
@@ -142,8 +147,7 @@ def test_table_1_is_a_ladder_of_single_tricks():
     assert len(LADDER) == 10 and names == [f"table1-{i}" for i in range(10)]
     rows = [settings_of(name) for name in names]
     first = {"size": "XL", "tokenizer_spec": "f8d4", "latent_norm": "sd-vae", "patch_size": 2,
-             "swiglu": False, "rmsnorm": False, "rope": False, "qknorm": False, "shift": True,
-             "objective": "ddpm",
+             "swiglu": False, "rmsnorm": False, "rope": False, "qknorm": False, "objective": "ddpm",
              "lognorm": False, "direction_loss": False, "batch_size": 256, "lr": 1e-4, "beta2": 0.999,
              "grad_clip": 0.0, "ema": 0.9999, "epochs": 80, "steps": 0, "class_dropout": 0.1,
              "uniform_from_epoch": 0}
@@ -177,10 +181,9 @@ def test_every_preset_is_valid():
 
 
 @pytest.mark.parametrize("flag, value", [
-    ("--ema", 1), ("--class-dropout", 2), ("--beta2", 1), ("--patch-size", 0), ("--lr", 0),
-    ("--epochs", "nan"), ("--accumulate", 0), ("--seed", -1)])
+    ("--ema", 1.5), ("--class-dropout", 2.0), ("--beta2", 2.0), ("--patch-size", 0), ("--accumulate", 0)])
 def test_values_out_of_range_are_errors(flag, value):
-    assert f"{flag} " in error(parse, flag, value)
+    assert f"{flag} {value} makes no sense" in error(parse, flag, value)
 
 
 @pytest.mark.parametrize("preset", [f"{mini}table1-{i}" for i in range(10) for mini in ("", "mini-")])
@@ -211,12 +214,12 @@ def test_every_row_builds_and_takes_a_step(tiny, preset):
 
 class Everything:
     """Latents of as many images as one likes, all 0."""
-    classes, shape, name = [str(i) for i in range(1000)], (4, 8, 8), "toy"
+    classes, shape = [str(i) for i in range(1000)], (4, 8, 8)
     mean, std = torch.zeros(1, 4, 1, 1), torch.ones(1, 4, 1, 1)
 
     def __init__(self, n):
         self.labels = torch.zeros(n, dtype=torch.long)
-        self.meta = {"fingerprint": "", "identity": "", "image_size": 32, "data": ""}
+        self.about = {"fingerprint": "", "identity": "", "image_size": 32, "data": ""}
 
     def read(self, index, flip):
         return torch.zeros(len(index), *self.shape, dtype=torch.float16)
@@ -239,17 +242,17 @@ def no_latents(monkeypatch, tiny, tmp_path):
     ("lightningdit-l", "L", 100_091, 80, 0), ("lightningdit-xl", "XL", 100_091, 80, 0),
     ("lightningdit-1.0b", "1.0B", 100_091, 80, 0), ("lightningdit-1.6b", "1.6B", 100_091, 80, 0),
     ("table1-0", "XL", 400_365, 80, 0), ("table1-9", "XL", 100_091, 80, 0)])
-def test_systems_state_epochs_steps_and_images(no_latents, monkeypatch, capsys, tmp_path, preset, size, steps,
-                                               epochs, uniform):
+def test_systems_state_their_epochs_and_steps(no_latents, monkeypatch, capsys, tmp_path, preset, size, steps,
+                                              epochs, uniform):
     """80,000 and 1,000,000 steps (rounded), uniform time from 480 epochs [Sec. 5.4], Table 2's epochs."""
     no_latents(IMAGENET)
-    monkeypatch.setattr(train_dit, "loader", lambda *args, **order: [])  # train() to the end without a step
+    monkeypatch.setattr(train_dit, "loader", lambda *args: [])  # train() reaches its end without a step
     s = parse("--preset", preset, "--out", tmp_path, "--device", "cpu", "--no-compile")
     assert (s.size, s.uniform_from_epoch, s.qknorm, s.grad_clip) == (size, uniform, False, 0)
     assert (s.class_dropout, s.ema) == (0.1, 0.9999)
     train_dit.train(s, ONE)
     text = capsys.readouterr().out
-    assert f"{steps} steps of {s.batch_size} = {epochs}.0 epochs = {steps * s.batch_size:,} images" in text
+    assert f"{steps} steps of {s.batch_size}, or {epochs}.0 epochs" in text
     assert f"LightningDiT {size}/{s.patch_size}" in text
     assert f"{IMAGENET} latents" in text and "1000 classes" in text
 
@@ -279,8 +282,8 @@ def metrics(out):
         return list(csv.DictReader(file))
 
 
-def test_a_stopped_run_goes_on_to_the_same_bits_and_the_same_log(no_latents, monkeypatch, tmp_path):
-    """Stopped between two lines of the log, after steps 4 and 6 of 10: the losses by time go on, too."""
+def test_a_stopped_run_resumes_to_the_same_bits_and_the_same_log(no_latents, monkeypatch, tmp_path):
+    """Stopped between two lines of the log, after steps 4 and 6 of 10: the losses by time resume, too."""
     no_latents(40)
     common = ("--steps", 10, "--batch-size", 4, "--log-every", 5, "--sample-every", 0, "--device", "cpu",
               "--no-compile", "--seed", 3)
@@ -296,7 +299,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits_and_the_same_log(no_latents, mon
         with monkeypatch.context() as patch:
             patch.setattr(train_dit, "Stop", StopAfter)
             line = error(train_dit.train, parse(*common, "--out", tmp_path / "parts"), ONE)
-        assert "parts/dit.pt" in line and "the same command goes on from there" in line
+        assert "parts/dit.pt" in line and "the same command resumes" in line
     train_dit.train(parse(*common, "--out", tmp_path / "parts"), ONE)
     one, two = (torch.load(tmp_path / d / "dit.pt", weights_only=True) for d in ("whole", "parts"))
     assert one["step"] == two["step"] == 10
@@ -310,8 +313,36 @@ def test_a_stopped_run_goes_on_to_the_same_bits_and_the_same_log(no_latents, mon
     assert logs[0] == logs[1] and [row["step"] for row in logs[0]] == ["5", "10"]
 
 
-def test_empty_bins_of_the_loss_are_not_0():
-    means = train_dit.by_time(torch.tensor([[6.0, 0, 0, 1, 2], [3, 0, 0, 1, 4]]))
+def test_a_finished_run_that_is_trained_longer_equals_one_long_run(no_latents, tmp_path):
+    no_latents(40)
+    common = ("--batch-size", 4, "--sample-every", 0, "--device", "cpu", "--no-compile", "--out")
+    train_dit.train(parse(*common, tmp_path / "once", "--steps", 6), ONE)
+    for steps in (3, 6):
+        train_dit.train(parse(*common, tmp_path / "twice", "--steps", steps), ONE)
+    once, twice = (torch.load(tmp_path / out / "dit.pt", weights_only=True) for out in ("once", "twice"))
+    assert once["step"] == twice["step"] == twice["total_steps"] == 6
+    for part in ("model", "ema"):
+        assert all(torch.equal(once[part][name], value) for name, value in twice[part].items())
+
+
+def test_a_short_run_is_warned_of_its_ema_and_no_preset_is(no_latents, capsys, tmp_path):
+    for name in PRESETS:
+        s = parse("--preset", name)
+        images = 10_000 if "mini" in name else IMAGENET
+        assert warn_of_ema(s.ema, s.steps or round(s.epochs * images / s.batch_size)) == "", name
+    for decay, steps in ((0.998, 1000), (0.998, 100), (0.9999, 10_000), (0.9999, 40_000)):
+        text = warn_of_ema(decay, steps)
+        assert f"still holds {decay ** steps:.0%} of the untrained weights" in text
+        advice = float(re.search(r"such as ([0-9.]+)", text)[1])
+        assert advice < 1 and warn_of_ema(advice, steps) == ""  # whoever follows the advice is not warned
+    no_latents(8)
+    train_dit.train(parse("--steps", 2, "--batch-size", 4, "--sample-every", 0, "--device", "cpu",
+                          "--out", tmp_path, "--no-compile"), ONE)
+    assert "The EMA still holds 100% of the untrained" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_a_time_without_a_loss_is_empty_and_not_0():
+    means = train_dit.loss_by_time(torch.tensor([[6.0, 0, 0, 1, 2], [3, 0, 0, 1, 4]]))
     assert list(means) == [f"loss_t0.{i}" for i in (0, 2, 4, 6, 8)]
     assert [float(v) for v in means.values()] == pytest.approx([2, math.nan, math.nan, 1, 0.5], nan_ok=True)
 
@@ -357,7 +388,7 @@ def test_flow_matching_loss_equals_loops():
     assert seen["t"] is t and seen["y"] is y and seen["drop"] is drop
 
 
-def test_the_loss_s_minimum_and_the_direction_term_alone():
+def test_the_minimum_of_the_loss_and_the_direction_term_alone():
     x1, y, t, x0, _ = make_batch(4)
     v = x1 - x0
     turned = torch.stack([-v[:, 1], v[:, 0], -v[:, 3], v[:, 2]], dim=1)  # at a right angle to v, everywhere
@@ -368,6 +399,19 @@ def test_the_loss_s_minimum_and_the_direction_term_alone():
         assert terms["mse"].mean().item() == pytest.approx(mse, abs=1e-6, rel=1e-5)
         assert terms["direction"].mean().item() == pytest.approx(direction, abs=1e-5)
         assert loss.item() == pytest.approx(mse + direction, abs=1e-5, rel=1e-5)
+
+
+def test_the_cosine_has_a_gentle_gradient_at_zero_and_is_otherwise_exact():
+    """adaLN-Zero's first prediction is 0, where the gradient of cos(pred, v) has the length 1 / eps."""
+    x1, y, t, x0, _ = make_batch()
+    pred = torch.zeros_like(x1, requires_grad=True)
+    flow_matching_loss(lambda *args: pred, x1, y, t, x0)[1]["direction"].sum().backward()
+    lengths = pred.grad.norm(dim=1) * 8 * 8  # the mean is over 8x8 positions
+    torch.testing.assert_close(lengths, torch.full_like(lengths, 10.0))
+    # for predictions longer than 0.1 the loss is that of PyTorch's eps, to the bit
+    pred = F.normalize(x0.flip(0), dim=1) * (0.101 + torch.rand(4, 1, 8, 8))
+    direction = flow_matching_loss(lambda *args: pred, x1, y, t, x0)[1]["direction"]
+    assert torch.equal(direction, (1 - F.cosine_similarity(pred, x1 - x0, dim=1, eps=1e-8)).mean((1, 2)))
 
 
 @pytest.mark.parametrize("t", [0.1, 0.5, 0.8])
@@ -389,7 +433,7 @@ def test_the_minimiser_for_gaussian_data_has_the_known_minimum(t):
     assert all(loss(slope + k, c) > least for k, c in ((0.05, 0), (-0.05, 0), (0, 0.05), (0, -0.05)))
 
 
-def test_ddpm_s_schedule_is_the_linear_one():
+def test_the_schedule_of_ddpm_is_the_linear_one():
     a, product = ddpm_alphas(CPU), 1.0
     assert a.shape == (1000,) and a.dtype == torch.float64
     for k in range(1000):
@@ -435,7 +479,7 @@ def exact_velocity(x, t):
     return M + (t * S ** 2 - (1 - t)) / (t ** 2 * S ** 2 + (1 - t) ** 2) * (x.double() - t * M)
 
 
-def test_the_noise_predictor_s_velocity_is_rectified_flow_s():
+def test_the_velocity_of_a_noise_predictor_is_that_of_rectified_flow():
     field = ddpm_velocity(exact_eps)
     rng = np.random.default_rng(0)
     exact = np.concatenate([GRID[[0, 1, 500, 998, 999]], rng.uniform(GRID[-1], GRID[0], 200)])
@@ -450,7 +494,7 @@ def test_the_noise_predictor_s_velocity_is_rectified_flow_s():
     np.testing.assert_allclose(steps[0], [0, 1, 500, 998, 999], atol=1e-3)
 
 
-def test_the_noise_predictor_s_flow_ends_at_the_data():
+def test_the_flow_of_a_noise_predictor_ends_at_the_data():
     field = ddpm_velocity(exact_eps)
     x = torch.randn(20_000, 1, 1, 1, generator=torch.Generator().manual_seed(0))
     for k in range(250):
@@ -550,36 +594,26 @@ def test_bf16_is_decided_in_one_place_and_near_fp32():
     assert all(p.dtype == torch.float32 for p in near.params)
 
 
-def test_the_compiled_model_has_no_graph_break_and_compiles_once():
-    torch.compiler.reset()
-    model, graphs = randomise(LightningDiT(8, 1, 4, **TINY, num_classes=10)).train(), []
+def test_a_compiled_run_takes_the_same_steps_with_one_graph_for_all_blocks(monkeypatch):
+    graphs = []
 
     def backend(graph, inputs):
         graphs.append(graph)
         return graph.forward
-    compiled = torch.compile(model, backend=backend, fullgraph=True)  # fullgraph: a break is an error
-    for seed in range(3):
-        x1, y, t, x0, drop = make_batch(seed=seed)
-        torch.testing.assert_close(compiled(x1, t, y, drop), model(x1, t, y, drop))
-        flow_matching_loss(compiled, x1, y, t, x0, drop)[0].backward()
-    assert len(graphs) == 1
-    model.eval()
-    torch.testing.assert_close(compiled(x1, t, y), model(x1, t, y))
-
-
-def test_a_compiled_run_takes_the_same_steps(monkeypatch):
     torch.compiler.reset()
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager", fullgraph=True))
+    # fullgraph: a break in the graph is an error
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend, fullgraph=True))
     plain, compiled = make_run(), make_run(compile=True, accumulate=2)
     for seed in range(2):
         batch = make_batch(seed=seed)
         torch.testing.assert_close(plain.step(*batch, True), compiled.step(*batch, True), rtol=1e-4,
                                    atol=1e-5)
-    # nothing of torch.compile in the names that are saved
+    assert len(graphs) == 1 and len(compiled.model.blocks) > 1
+    # nothing of torch.compile is in the names that are saved
     assert set(compiled.model.state_dict()) == set(plain.model.state_dict())
 
 
-def test_preview_is_fixed(tmp_path, tiny):
+def test_the_preview_is_a_function_of_the_run(tmp_path, tiny):
     vae = AutoencoderKL(**TINY_VAE).eval()
     pictures = {}
     for name, settings in (("flow", {}), ("again", {}), ("ddpm", {"objective": "ddpm"}),
@@ -602,19 +636,22 @@ def tokenizer(tmp_path_factory):
         vae.quant_conv.bias[4:] = torch.tensor([-1.0, -2, -3, 0])
     path = tmp_path_factory.mktemp("vae") / "vae.pt"
     settings = {"data": "shapes", "image_size": 32}
-    save_checkpoint({"stage": "vae", "step": 1, "total_steps": 1, "settings": settings,
-                     "spec": SPECS["mini-f4d4"], "state_dict": vae.state_dict()}, path)
+    write_checkpoint({"stage": "vae", "step": 1, "total_steps": 1, "settings": settings,
+                     "spec": SPECS["mini-f4d4"], "model": vae.state_dict()}, path)
     return path
 
 
 @pytest.fixture
 def few_shapes(monkeypatch):
-    """The first 23 of the built-in images."""
+    """The first n of the built-in images, 23 unless a test sets another n."""
     class Few(Images):
+        n = 23
+
         def __init__(self, *args):
             super().__init__(*args)
-            self.source, self.labels = self.source[:23], self.labels[:23]
+            self.source, self.labels = self.source[:self.n], self.labels[:self.n]
     monkeypatch.setattr(train_dit, "Images", Few)
+    return Few
 
 
 def latent_settings(tokenizer, folder, *flags):
@@ -625,15 +662,16 @@ def latent_settings(tokenizer, folder, *flags):
 def test_extracted_latents_are_the_stated_samples(few_shapes, tokenizer, tmp_path):
     s = latent_settings(tokenizer, tmp_path / "l")
     latents, vae = open_latents(s, ONE)
-    file = np.load(tmp_path / "l" / "latents.npy")
+    file = np.load(tmp_path / "l" / "latents-00000.npy")
     assert file.shape == (23, 2, 4, 8, 8) and file.dtype == np.float16
-    assert sorted(p.name for p in (tmp_path / "l").iterdir()) == ["labels.npy", "latents.json", "latents.npy"]
+    assert {p.name for p in (tmp_path / "l").iterdir()} == {".lock", "labels.npy", "latents.json",
+                                                            "latents-00000.npy"}
     images = Images("shapes", "train", 32)
     assert np.load(tmp_path / "l" / "labels.npy").tolist() == [i % 10 for i in range(23)]
-    for i in range(23):  # image by image; noise: of (seed, chunk), plain before flipped
-        chunk, place = divmod(i, 5)
-        noise = torch.randn(2, min(5, 23 - 5 * chunk), 4, 8, 8,
-                            generator=step_generator("cpu", 4, "posterior", chunk))[:, place]
+    for i in range(23):  # image by image; noise: of (seed, batch), plain before flipped
+        k, place = divmod(i, 5)
+        noise = torch.randn(2, min(5, 23 - 5 * k), 4, 8, 8,
+                            generator=step_generator("cpu", 4, "posterior", k))[:, place]
         for side, x in enumerate((images[i], images[i].flip(2))):
             posterior = vae.encode(to_float(x)[None])
             want = posterior.mean[0] + (0.5 * posterior.logvar[0]).exp() * noise[side]
@@ -641,77 +679,52 @@ def test_extracted_latents_are_the_stated_samples(few_shapes, tokenizer, tmp_pat
     exact = file.astype(np.float64).transpose(2, 0, 1, 3, 4).reshape(4, -1)
     np.testing.assert_allclose(latents.mean.flatten(), exact.mean(1), rtol=1e-6)
     np.testing.assert_allclose(latents.std.flatten(), exact.std(1, ddof=1), rtol=1e-6)
-    assert latents.mean.shape == latents.std.shape == (1, 4, 1, 1) and latents.shape == (4, 8, 8)
+    assert latents.mean.shape == latents.std.shape == (1, 4, 1, 1) and latents.shape == [4, 8, 8]
     assert latents.classes == images.classes and latents.labels.tolist() == images.labels[:23].tolist()
-    assert latents.meta["fingerprint"] == fingerprint(vae.state_dict())
-    assert latents.meta["identity"] == images.identity
-    index, flip = torch.tensor([7, 0, 22, 7]), torch.tensor([1, 0, 1, 0])
-    want = np.stack([file[7, 1], file[0, 0], file[22, 1], file[7, 0]])
-    assert torch.equal(latents.read(index, flip), torch.from_numpy(want))
+    assert latents.about["fingerprint"] == fingerprint(vae.state_dict())
+    assert latents.about["identity"] == images.identity
 
 
-def test_two_processes_extract_the_same_bytes(few_shapes, tokenizer, tmp_path, monkeypatch):
-    """Process 1 does its chunks where process 0 waits for it before the statistics."""
-    one, two = tmp_path / "one", tmp_path / "two"
-    open_latents(latent_settings(tokenizer, one), ONE)
-    first, second, waits = world(0, 2), world(1, 2), []
-    monkeypatch.setattr(second, "barrier", lambda: None)
+def test_a_killed_extraction_and_two_processes_leave_the_bytes_of_one(few_shapes, tokenizer, tmp_path,
+                                                                      monkeypatch):
+    """130 images in chunks of 64, 64 and 2. SIGKILL comes just before the second chunk gets its name."""
+    few_shapes.n = 130
 
-    def barrier():
-        waits.append(0)
-        if len(waits) == 3:  # after the images, after the plan, then here
-            assert list((two / "marks").read_bytes()) == [1, 0, 1, 0, 1]  # every second chunk
-            monkeypatch.setattr(train_dit, "read_latents", lambda folder: SimpleNamespace(meta={}))
-            open_latents(latent_settings(tokenizer, two, "--workers", 2), second)
-    monkeypatch.setattr(first, "barrier", barrier)
-    monkeypatch.setattr(second, "rank", 1)
-    open_latents(latent_settings(tokenizer, two), first)
-    for name in ("latents.npy", "labels.npy", "latents.json"):
-        assert (one / name).read_bytes() == (two / name).read_bytes()
+    def work(folder, world, *flags):
+        s = latent_settings(tokenizer, tmp_path / folder, "--extract-batch", 1, *flags)
+        return open_latents(s, world)
 
+    def kill(source, target, replace=os.replace):
+        if target.name == "latents-00001.npy":
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(source, target)
+    work("one", ONE)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", kill)
+        process = multiprocessing.get_context("fork").Process(target=work, args=("killed", ONE))
+        process.start()
+        process.join()
+    assert process.exitcode == -signal.SIGKILL
+    first = tmp_path / "killed" / "latents-00000.npy"
+    whole, written = first.read_bytes(), first.stat().st_mtime_ns
+    assert whole == (tmp_path / "one" / "latents-00000.npy").read_bytes()
+    assert [path.name for path in first.parent.glob("latents-*.npy")] == [first.name]
+    work("killed", ONE)
+    assert first.stat().st_mtime_ns == written  # the second run kept it
 
-def test_somebody_s_own_arrays_are_never_overwritten(few_shapes, tokenizer, tmp_path):
-    for name in ("latents.npy", "labels.npy"):
-        folder = tmp_path / name[:-4]
-        folder.mkdir()
-        np.save(folder / name, np.arange(5))
-        before = (folder / name).read_bytes()
-        line = error(open_latents, latent_settings(tokenizer, folder), ONE)
-        assert name in line and (folder / name).read_bytes() == before
-
-
-def test_damaged_latents_are_refused(few_shapes, tokenizer, tmp_path):
-    folder = tmp_path / "l"
-    s = latent_settings(tokenizer, folder)
-    open_latents(s, ONE)
-    good = {path: path.read_bytes() for path in folder.iterdir()}
-    meta = json.loads((folder / "latents.json").read_text())
-    labels = np.load(folder / "labels.npy")
-
-    def spoil(name, value):
-        if name.endswith("json"):
-            (folder / name).write_text(value if isinstance(value, str) else json.dumps(value))
-        else:
-            np.save(folder / name, value)
-    for name, value in (
-            ("labels.npy", labels[:-1]), ("labels.npy", labels.astype(float)), ("labels.npy", labels + 1),
-            ("labels.npy", labels[:, None]), ("labels.npy", labels - 1), ("latents.json", "{"),
-            ("labels.npy", np.array([{}] * 23)), ("latents.json", meta | {"shape": [4, 8]}),
-            ("latents.json", {k: v for k, v in meta.items() if k != "classes"}), ("latents.json", [1]),
-            ("latents.json", meta | {"std": [1.0] * 3}), ("latents.json", meta | {"std": [1.0, 0, 1, 1]}),
-            ("latents.json", meta | {"mean": [1.0, math.nan, 1, 1]}),
-            ("latents.npy", np.zeros((23, 2, 4, 8, 8), np.float32)), ("latents.npy", labels)):
-        spoil(name, value)
-        assert str(folder) in error(open_latents, s, ONE), (name, value)
-        for path, data in good.items():
-            path.write_bytes(data)
-    (folder / "latents.npy").write_bytes(good[folder / "latents.npy"][:1000])
-    assert str(folder) in error(open_latents, s, ONE)
+    meeting, worlds = threading.Barrier(2, timeout=60), [world(rank, 2) for rank in range(2)]
+    for w in worlds:
+        monkeypatch.setattr(w, "barrier", meeting.wait)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda w: work("two", w, "--workers", 2 * w.rank), worlds))
+    for path in (tmp_path / "one").iterdir():
+        for folder in ("killed", "two"):
+            assert path.read_bytes() == (tmp_path / folder / path.name).read_bytes(), (folder, path.name)
 
 
 def test_an_unfinished_tokenizer_needs_a_flag(few_shapes, tokenizer, tmp_path):
     state = torch.load(tokenizer, weights_only=True)
-    save_checkpoint(state | {"total_steps": 2}, tmp_path / "half.pt")
+    write_checkpoint(state | {"total_steps": 2}, tmp_path / "half.pt")
     line = error(open_latents, latent_settings(tmp_path / "half.pt", tmp_path / "l"), ONE)
     assert "half.pt" in line and "--unfinished" in line and not (tmp_path / "l").exists()
     open_latents(latent_settings(tmp_path / "half.pt", tmp_path / "l", "--unfinished"), ONE)
@@ -724,10 +737,10 @@ def test_images_are_known_by_their_list_not_by_their_place(tokenizer, tmp_path):
         Image.new("RGB", (32, 32), (k, 0, 0)).save(tmp_path / "a" / f"{k % 2}" / f"{k}.png")
     folder = tmp_path / "l"
     open_latents(latent_settings(tokenizer, folder, "--data", tmp_path / "a"), ONE)
-    before = (folder / "latents.npy").stat().st_mtime_ns
+    before = (folder / "latents-00000.npy").stat().st_mtime_ns
     (tmp_path / "a").rename(tmp_path / "b")
     open_latents(latent_settings(tokenizer, folder, "--data", tmp_path / "b"), ONE)
-    assert (folder / "latents.npy").stat().st_mtime_ns == before
+    assert (folder / "latents-00000.npy").stat().st_mtime_ns == before
     (tmp_path / "b" / "0" / "0.png").unlink()
     line = error(open_latents, latent_settings(tokenizer, folder, "--data", tmp_path / "b"), ONE)
     assert "identity" in line and "--latents" in line
@@ -735,178 +748,138 @@ def test_images_are_known_by_their_list_not_by_their_place(tokenizer, tmp_path):
 
 def test_latents_that_are_not_finite_are_refused(few_shapes, tokenizer, tmp_path):
     state = torch.load(tokenizer, weights_only=True)
-    state["state_dict"]["quant_conv.bias"][0] = 1e5  # beyond float16
-    save_checkpoint(state, tmp_path / "broken.pt")
+    state["model"]["quant_conv.bias"][0] = 1e5  # beyond float16
+    write_checkpoint(state, tmp_path / "broken.pt")
     line = error(open_latents, latent_settings(tmp_path / "broken.pt", tmp_path / "l"), ONE)
-    assert "broken.pt" in line and "not finite in float16" in line
-    assert not (tmp_path / "l" / "latents.json").exists()
+    assert "broken.pt" in line and "not finite" in line
+    assert not (tmp_path / "l" / "labels.npy").exists()
 
 
 def test_latents_of_others_are_refused(few_shapes, tokenizer, tmp_path):
     folder = tmp_path / "l"
     open_latents(latent_settings(tokenizer, folder), ONE)
     state = torch.load(tokenizer, weights_only=True)
-    state["state_dict"]["decoder.conv_in.bias"] += 1e-3
-    save_checkpoint(state, tmp_path / "other.pt")
+    state["model"]["decoder.conv_in.bias"] += 1e-3
+    write_checkpoint(state, tmp_path / "other.pt")
     line = error(open_latents, latent_settings(tmp_path / "other.pt", folder), ONE)
-    assert "other.pt" in line and "fingerprint" in line and "--latents" in line
+    assert "other.pt" in line and "fingerprint" in line and "remove that folder" in line
     line = error(open_latents, latent_settings(tokenizer, folder, "--image-size", 64), ONE)
     assert "image_size 32 instead of 64" in line
     line = error(open_latents, latent_settings(tokenizer, folder, "--preset", "table1-9"), ONE)
     assert "f16d32" in line and "table1-9" in line
     open_latents(latent_settings(tokenizer, folder, "--tokenizer-spec", "mini-f4d4"), ONE)
-    save_checkpoint(torch.load(tokenizer, weights_only=True) | {"identity": "xyz"}, tmp_path / "photos.pt")
+    write_checkpoint(torch.load(tokenizer, weights_only=True) | {"identity": "xyz"}, tmp_path / "photos.pt")
     line = error(open_latents, latent_settings(tmp_path / "photos.pt", folder), ONE)
     assert "identity" in line and "instead of xyz" in line
     state["settings"] = {}
-    save_checkpoint(state, tmp_path / "unknown.pt")
+    write_checkpoint(state, tmp_path / "unknown.pt")
     assert "--data" in error(open_latents, latent_settings(tmp_path / "unknown.pt", tmp_path / "new"), ONE)
 
 
+def test_a_finished_run_with_another_tokenizer_is_refused_before_it_is_called_finished(
+        few_shapes, tiny, tokenizer, tmp_path, capsys):
+    def train(path, latents):
+        train_dit.train(latent_settings(path, tmp_path / latents, "--out", tmp_path / "run", "--steps", 2,
+                                        "--batch-size", 4, "--sample-every", 0, "--no-compile"), ONE)
+    train(tokenizer, "l")
+    state = torch.load(tokenizer, weights_only=True)
+    state["model"]["decoder.conv_in.bias"] += 1e-3
+    write_checkpoint(state, tmp_path / "other.pt")
+    capsys.readouterr()
+    line = error(train, tmp_path / "other.pt", "m")
+    assert "dit.pt was trained on latents of another tokenizer" in line and "--fresh" in line
+    assert "is finished" not in capsys.readouterr().out
+    train(tokenizer, "l")
+    assert "dit.pt is finished (2 steps)" in capsys.readouterr().out
+
+
 @pytest.fixture
-def authors_folder(tmp_path):
-    """Two shards as the authors write them; returns the folder and all latents (12, 2, 4, 8, 8)."""
+def chunked(tmp_path):
+    """The same latents (23, 2, 4, 8, 8) and labels in two folders: chunk files of ours, and shards as the
+    authors write them."""
     save_file = pytest.importorskip("safetensors.torch").save_file
     torch.manual_seed(0)
-    z, labels = torch.randn(12, 2, 4, 8, 8), torch.arange(12) % 7
-    folder = tmp_path / "authors"
-    folder.mkdir()
-    for k, part in enumerate((slice(0, 7), slice(7, 12))):
-        save_file({"latents": z[part, 0].contiguous(), "latents_flip": z[part, 1].contiguous(),
-                   "labels": labels[part].contiguous()},
-                  folder / f"latents_rank00_shard{k:03}.safetensors")
-    stats = {"mean": z.mean((0, 1, 3, 4)).view(1, 4, 1, 1), "std": z.std((0, 1, 3, 4)).view(1, 4, 1, 1)}
-    torch.save(stats, folder / "latents_stats.pt")
-    return folder, z
+    z, labels = torch.randn(23, 2, 4, 8, 8).half(), torch.arange(23) % 7
+    mean, std = z.double().mean((0, 1, 3, 4)), z.double().std((0, 1, 3, 4))
+    ours, theirs = tmp_path / "ours", tmp_path / "authors"
+    for folder in (ours, theirs):
+        folder.mkdir()
+    for k, rows in enumerate((slice(0, 7), slice(7, 14), slice(14, 21), slice(21, 23))):
+        np.save(ours / f"latents-{k:05d}.npy", z[rows].numpy())
+        save_file({"latents": z[rows, 0].contiguous(), "latents_flip": z[rows, 1].contiguous(),
+                   "labels": labels[rows].contiguous()}, theirs / f"latents_rank00_shard{k:03}.safetensors")
+    np.save(ours / "labels.npy", labels.numpy())
+    (ours / "latents.json").write_text(json.dumps({
+        "classes": list("abcdefg"), "mean": mean.tolist(), "std": std.tolist()}))
+    torch.save({"mean": mean.view(1, 4, 1, 1), "std": std.view(1, 4, 1, 1)}, theirs / "latents_stats.pt")
+    return SimpleNamespace(ours=ours, theirs=theirs, z=z, labels=labels)
 
 
-def test_the_authors_latents_read_the_same(authors_folder, tokenizer):
-    folder, z = authors_folder
-    latents, _ = open_latents(latent_settings(tokenizer, folder), ONE)
-    assert isinstance(latents, AuthorsLatents) and latents.shape == (4, 8, 8) and len(latents.classes) == 7
-    assert latents.labels.tolist() == [i % 7 for i in range(12)] and latents.labels.dtype == torch.int64
-    torch.testing.assert_close(latents.mean, z.mean((0, 1, 3, 4)).view(1, 4, 1, 1))
-    torch.testing.assert_close(latents.std, z.std((0, 1, 3, 4)).view(1, 4, 1, 1))
-    # over the border of the shards
-    index, flip = torch.tensor([0, 6, 7, 11, 3, 7]), torch.tensor([0, 1, 0, 1, 1, 1])
-    assert torch.equal(latents.read(index, flip), z[index, flip])
-    batch, y = LatentBatches(latents, 6, 0, slice(0, 6))[0]
-    assert batch.shape == (6, 4, 8, 8) and torch.equal(y, latents.labels[batch_indices(12, 6, 0, 0)])
+@pytest.mark.parametrize("format", ["ours", "theirs"])
+def test_latents_of_several_files_are_read_as_one_array(chunked, format):
+    latents, rng = Latents(getattr(chunked, format)), torch.Generator().manual_seed(1)
+    assert torch.equal(latents.labels, chunked.labels) and latents.labels.dtype == torch.int64
+    assert latents.shape == [4, 8, 8] and len(latents.classes) == 7
+    torch.testing.assert_close(latents.mean.flatten(), chunked.z.float().mean((0, 1, 3, 4)))
+    torch.testing.assert_close(latents.std.flatten(), chunked.z.float().std((0, 1, 3, 4)))
+    assert latents.mean.shape == latents.std.shape == (1, 4, 1, 1)
+    for n in (1, 40):
+        index, flip = torch.randint(23, (n,), generator=rng), torch.randint(2, (n,), generator=rng)
+        assert torch.equal(latents.read(index, flip), chunked.z[index, flip])
+    index = torch.tensor([22, 0, 6, 7, 20, 21])  # beside the borders of the files
+    assert torch.equal(latents.read(index, index % 2), chunked.z[index, index % 2])
+    batch, y = latent_batch(latents, Settings(batch_size=6), 0, slice(0, 6))
+    assert batch.shape == (6, 4, 8, 8) and torch.equal(y, chunked.labels[batch_indices(23, 6, 0, 0)])
 
 
-def test_the_authors_latents_that_do_not_fit(authors_folder, tokenizer, tmp_path):
-    folder, z = authors_folder
+def test_latents_of_the_authors_must_fit_the_tokenizer(chunked, tokenizer, tmp_path):
+    open_latents(latent_settings(tokenizer, chunked.theirs), ONE)
     wide = AutoencoderKL(**SPECS["mini-f4d8"])
-    save_checkpoint({"stage": "vae", "step": 1, "total_steps": 1, "settings": {}, "spec": SPECS["mini-f4d8"],
-                     "state_dict": wide.state_dict()}, tmp_path / "wide.pt")
-    line = error(open_latents, latent_settings(tmp_path / "wide.pt", folder, "--image-size", 32), ONE)
+    write_checkpoint({"stage": "vae", "step": 1, "total_steps": 1, "settings": {}, "spec": SPECS["mini-f4d8"],
+                      "model": wide.state_dict()}, tmp_path / "wide.pt")
+    line = error(open_latents, latent_settings(tmp_path / "wide.pt", chunked.theirs, "--image-size", 32), ONE)
     assert "shape [4, 8, 8] instead of [8, 8, 8]" in line and "wide.pt" in line
-    from safetensors.torch import save_file
-    s, path = latent_settings(tokenizer, folder), folder / "latents_rank00_shard001.safetensors"
-    good = path.read_bytes()
-    path.write_bytes(good[:100])
-    assert path.name in error(open_latents, s, ONE)
-    plain, labels = z[:5, 0].contiguous(), torch.arange(5)
-    for tensors in ({"latents": plain, "labels": labels},
-                    {"latents": plain, "latents_flip": plain[:4] + 1, "labels": labels},
-                    {"latents": plain, "latents_flip": plain + 1, "labels": labels[:4].contiguous()}):
-        save_file(tensors, path)
-        assert path.name in error(open_latents, s, ONE)
-    path.write_bytes(good)
-    (folder / "latents_stats.pt").unlink()
-    assert "latents_stats.pt" in error(open_latents, s, ONE)
+    (chunked.theirs / "latents_stats.pt").unlink()
+    assert "latents_stats.pt" in error(open_latents, latent_settings(tokenizer, chunked.theirs), ONE)
 
 
-def test_batches_of_latents(tmp_path):
+def test_batches_take_every_latent_once_per_epoch_and_flip_every_second():
     class Told(Everything):  # a latent says its index, and whether it is flipped
         def read(self, index, flip):
             return (index + 1000 * flip).view(-1, 1, 1, 1).expand(-1, *self.shape).half()
-    latents = Told(41)
+    latents, s, whole = Told(41), Settings(batch_size=8, seed=6), slice(0, 8)
     latents.labels = torch.arange(41) * 3
-    batches, flips, seen = LatentBatches(latents, 8, 6, slice(0, 8)), [], []
+    flips, seen = [], []
     for step in range(41):
-        z, y = batches[step]
+        z, y = latent_batch(latents, s, step, whole)
         value = z[:, 0, 0, 0].long()
         assert torch.equal(value % 1000, batch_indices(41, 8, step, 6)) and torch.equal(y, value % 1000 * 3)
-        assert torch.equal(z, batches[step][0])
-        parts = [LatentBatches(latents, 8, 6, world(rank, 2).share(8))[step] for rank in range(2)]
+        assert torch.equal(z, latent_batch(latents, s, step, whole)[0])
+        parts = [latent_batch(latents, s, step, world(rank, 2).share(8)) for rank in range(2)]
         assert torch.equal(torch.cat([part[0] for part in parts]), z)
         assert torch.equal(torch.cat([part[1] for part in parts]), y)
         flips, seen = flips + (value >= 1000).tolist(), seen + (value % 1000).tolist()
     assert all(sorted(seen[e * 41:(e + 1) * 41]) == list(range(41)) for e in range(8))
     assert np.mean(flips) == pytest.approx(0.5, abs=4 * 0.5 / math.sqrt(len(flips)))
-    assert not torch.equal(LatentBatches(latents, 8, 7, slice(0, 8))[0][0], batches[0][0])
-
-
-def test_reading_at_random_is_20_times_faster_than_opening_a_file_for_every_item(tmp_path, capsys):
-    """20,000 latents of 32x16x16 in float16, each read once in random order, against the authors' way: open
-    the shard, read one slice and its label."""
-    safetensors = pytest.importorskip("safetensors")
-    from safetensors.torch import save_file
-    n, shape, rng = 20_000, (32, 16, 16), np.random.default_rng(0)
-    block = rng.standard_normal((500, 2, *shape), dtype=np.float32).astype(np.float16)
-    file = np.lib.format.open_memmap(tmp_path / "latents.npy", "w+", np.float16, (n, 2, *shape))
-    for i in range(0, n, 500):
-        file[i:i + 500] = block
-    del file
-    np.save(tmp_path / "labels.npy", np.arange(n))
-    meta = {"fingerprint": "", "identity": "", "image_size": 256, "shape": shape, "classes": ["a"],
-            "mean": [0.0] * 32, "std": [1.0] * 32}
-    (tmp_path / "latents.json").write_text(json.dumps(meta))
-    shard = torch.from_numpy(block).repeat(20, 1, 1, 1, 1)
-    for k in range(2):  # shards of 10,000
-        tensors = {"latents": shard[:, 0].contiguous(), "latents_flip": shard[:, 1].contiguous()}
-        save_file(tensors | {"labels": torch.arange(10_000) + 10_000 * k}, tmp_path / f"{k}.safetensors")
-    latents, theirs, ours = Latents(tmp_path), [], []
-    order, flip = torch.from_numpy(rng.permutation(n)), torch.from_numpy(rng.integers(0, 2, n))
-    for start in range(0, n, 500):
-        index, side = order[start:start + 500], flip[start:start + 500]
-        begin = time.perf_counter()
-        z, y = latents.read(index, side), latents.labels[index]
-        ours.append(500 / (time.perf_counter() - begin))
-        if start % 2500 == 0:
-            begin, parts = time.perf_counter(), []
-            for i, flipped in zip(index[:100].tolist(), side[:100].tolist()):
-                with safetensors.safe_open(str(tmp_path / f"{i // 10_000}.safetensors"), "pt") as f:
-                    row = slice(i % 10_000, i % 10_000 + 1)
-                    parts.append((f.get_slice("latents_flip" if flipped else "latents")[row],
-                                  f.get_slice("labels")[row]))
-            theirs.append(100 / (time.perf_counter() - begin))
-            assert torch.equal(torch.cat([p[0] for p in parts]), z[:100])
-            assert torch.equal(torch.cat([p[1] for p in parts]), y[:100])
-    for path in tmp_path.iterdir():  # 1.3 GB
-        path.unlink()
-    a, b = statistics.median(ours), statistics.median(theirs)
-    with capsys.disabled():
-        print(f"\nlatents at random, items/s: {a:,.0f} against {b:,.0f} of opening a safetensors file for "
-              f"every item: {a / b:.1f} times as many")
-    assert a / b >= 20
+    other = latent_batch(latents, Settings(batch_size=8, seed=7), 0, whole)[0]
+    assert not torch.equal(other, latent_batch(latents, s, 0, whole)[0])
 
 
 # --- released weights ---
 
-def test_weights_that_do_not_fit_are_named(tmp_path, tiny):
-    model = make_run().model
-    weights = model.state_dict()
-    before = weights["blocks.1.attn.qkv.weight"].clone()
-    missing = {k: v for k, v in weights.items() if k != "blocks.1.attn.qkv.weight"}
-    cases = [(missing, "Missing", "blocks.1.attn.qkv.weight"),
-             ({**weights, "blocks.0.attn.q_norm.weight": torch.ones(8)}, "Unexpected",
-              "blocks.0.attn.q_norm.weight"),
-             ({**weights, "y_embedder.embedding_table.weight": torch.ones(1001, 32)},
-              "y_embedder.embedding_table.weight", "[1001, 32]", "[11, 32]")]
-    for wrong, *words in cases:
-        line = error(load_weights, model, wrong, "file.pt")
-        assert all(word in line for word in ("file.pt does not fit", *words)) and "\n" not in line
-    assert torch.equal(model.state_dict()["blocks.1.attn.qkv.weight"], before)
-    load_weights(model, {k: v + 1 for k, v in weights.items()}, "file.pt")
-    assert torch.equal(model.state_dict()["blocks.1.attn.qkv.weight"], before + 1)
+def test_weights_that_do_not_fit_are_named_and_others_start_a_run(tmp_path, tiny):
+    weights = randomise(make_run(random=False).model).state_dict()
+    torch.save({"ema": weights}, tmp_path / "file.pt")
+    run = make_run(random=False, init=str(tmp_path / "file.pt"), seed=5)
+    for model in (run.model, run.ema):
+        assert all(torch.equal(model.state_dict()[name], value) for name, value in weights.items())
+    torch.save({"ema": weights | {"y_embedder.embedding_table.weight": torch.ones(1001, 32)}},
+               tmp_path / "file.pt")
+    line = error(make_run, init=str(tmp_path / "file.pt"))
+    assert "file.pt does not fit" in line and "y_embedder.embedding_table.weight" in line
+    assert "(1001, 32)" in line and "(11, 32)" in line
     line = error(architecture, Settings(patch_size=3), (4, 8, 8), 10)
     assert "--patch-size 3 does not divide latents of 8x8" in line
-    torch.save({"ema": weights}, tmp_path / "file.pt")  # --init: model and EMA start there
-    run = make_run(random=False, init=str(tmp_path / "file.pt"), seed=5)
-    for m in (run.model, run.ema):
-        assert all(torch.equal(m.state_dict()[k], v) for k, v in weights.items())
 
 
 # --- cost ---
@@ -926,30 +899,14 @@ class Plain(nn.Module):
         return h.transpose(1, 2).reshape(x.shape)
 
 
-def test_a_training_step_of_b_1_costs_no_more_than_a_plain_transformer_s(capsys):
-    """Forward, loss, backward, AdamW, EMA; batch 2, fp32, one core. Medians, the two in turn. Depth 3 of 12:
-    the blocks are alike, the test is short."""
+def test_a_training_step_of_b_1_counts_as_many_operations_as_a_plain_transformer():
+    """Forward, loss and backward. Depth 2 of 12: the blocks are alike, and the test is short."""
     from torch.utils.flop_counter import FlopCounterMode
-    depth, batch, times, flops = 3, make_batch(2, (32, 16, 16), 1000), ([], []), []
+    depth, batch, flops = 2, make_batch(1, (32, 16, 16), 1000), []
     s = Settings(size="B", precision="fp32", compile=False)
-    ours = Run(s, {**architecture(s, (32, 16, 16), 1000), "depth": depth}, ONE)
-    theirs = Run(s, {**architecture(s, (32, 16, 16), 1000), "depth": 1}, ONE)
-    plain = Plain(depth)
-    theirs.model = theirs.ddp = theirs.net = plain
-    theirs.params = list(plain.parameters())
-    theirs.averages = list(copy.deepcopy(plain).requires_grad_(False).parameters())
-    theirs.opt = torch.optim.AdamW(theirs.params, 2e-4, betas=(0.9, 0.95), weight_decay=0.0)
-    for run in (ours, theirs):
+    for net in (None, Plain(depth)):
+        run = Run(s, {**architecture(s, (32, 16, 16), 1000), "depth": depth}, ONE)
         with FlopCounterMode(display=False) as counter:
-            run.step(*batch, False)  # the first step makes the optimizer's state
+            flow_matching_loss(net or run.model, *batch)[0].backward()
         flops.append(counter.get_total_flops())
-    for _ in range(3):
-        for run, found in zip((ours, theirs), times):
-            begin = time.perf_counter()
-            run.step(*batch, False)
-            found.append(time.perf_counter() - begin)
-    a, b = (statistics.median(found) for found in times)
-    with capsys.disabled():
-        print(f"\na training step of LightningDiT-B/1's width: {a:.2f} s, plain transformer {b:.2f} s, "
-              f"ratio {a / b:.2f}, FLOPs {flops[0] / flops[1]:.3f}")
-    assert flops[0] / flops[1] == pytest.approx(1, abs=0.05) and a / b < 2.0
+    assert flops[0] / flops[1] == pytest.approx(1, abs=0.05)

@@ -1,12 +1,12 @@
-"""train_vae.py in process: the paper's rows and numbers typed by hand, ADM's crop rewritten, float64 loops,
-and the files, folders and flags that go wrong."""
-import contextlib
-import io
+"""train_vae.py in this process. The oracles are the paper's rows and numbers, typed by hand, ADM's crop
+written again, and loops in float64; then files, folders, flags and loading processes that go wrong."""
 import os
 import signal
-import zipfile
+import time
 from dataclasses import asdict, dataclass, fields
 from functools import partial
+from multiprocessing import active_children
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,13 +14,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import user_error
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 from test_vae import full_size
 from torch import nn
 
 import train_vae
-from train_vae import PRESETS, DiskArrays, ImageBatches, Images, Log, Run, Settings, World, opt, train_step
-from vae import SPECS, AutoencoderKL, PatchDiscriminator, UserError
+from train_vae import PRESETS, Chunks, Images, Log, Run, Settings, World
+from train_vae import list_folder, loader, make_run, open_image, opt, train_step
+from vae import SPECS, AutoencoderKL, PatchDiscriminator, UserError, torch_load
 
 CPU, ONE = torch.device("cpu"), World("cpu")
 TINY = {"embed_dim": 4, "ch": 32, "ch_mult": (1, 2), "num_res_blocks": 1, "attn_resolutions": (8,),
@@ -28,18 +29,20 @@ TINY = {"embed_dim": 4, "ch": 32, "ch_mult": (1, 2), "num_res_blocks": 1, "attn_
 
 
 def process(rank, size):
-    """One of several processes, which need not wait for each other."""
+    """The World of one of several processes, which do not wait for each other."""
     world = World("cpu")
     world.rank, world.size, world.barrier = rank, size, int
     return world
 
 
-def release(folder):
-    """Close this process's files in a folder, and so release its locks, as the end of a process does."""
-    for number in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):
-            if os.readlink(f"/proc/self/fd/{number}").startswith(str(folder)):
-                os.close(int(number))
+def child(work):
+    """Call work() in a process of its own, which ends by SIGKILL when work returns."""
+    if os.fork() == 0:
+        try:
+            work()
+        finally:
+            os.kill(os.getpid(), signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.wait()[1]) == -signal.SIGKILL
 
 
 def parse(*flags, cls=Settings, presets=PRESETS):
@@ -59,9 +62,9 @@ NONE = {"vf": "none"}
 FULL = {"vf": "dinov2", "mcos": True, "mdms": True, "vf_weight": 0.1, "cos_margin": 0.5, "mdms_margin": 0.25}
 MAE = FULL | {"vf": "mae"}
 NO_MARGIN = {"cos_margin": 0, "mdms_margin": 0}
-ONLY_MCOS = FULL | {"mdms": False, "vf_weight": 0.05}   # "we halve the hyper weight" [Sec. 6.3]
+ONLY_MCOS = FULL | {"mdms": False, "vf_weight": 0.05}  # "we halve the hyper weight" [Sec. 6.3]
 ONLY_MDMS = FULL | {"mcos": False, "vf_weight": 0.05}
-WANTED = {   # row: tokenizer, VF loss
+WANTED = {  # row: (tokenizer, VF loss)
     "table1-sdvae": ("f8d4", NONE),
     "table2-f16d16-none": ("f16d16", NONE), "table2-f16d16-mae": ("f16d16", MAE),
     "table2-f16d16-dinov2": ("f16d16", FULL), "table2-f16d32-none": ("f16d32", NONE),
@@ -84,18 +87,18 @@ WANTED = {   # row: tokenizer, VF loss
     "vavae-long-2": ("f16d32", FULL | NO_MARGIN | {"epochs": 15, "disc_start": 0}),
     "vavae-long-3": ("f16d32", FULL | {"epochs": 15, "disc_start": 0}),
 }
-SHARED = {   # by all ablations [Sec. 5.1, 6.2]
+SHARED = {  # settings of all ablations [Sec. 5.1, 6.2]
     "data": "imagenet", "image_size": 256, "batch_size": 256, "lr": 1e-4, "warmup": 0, "epochs": 50,
     "steps": 0, "kl_weight": 1e-6, "lpips_weight": 1.0, "disc_weight": 0.5, "disc_start": 2501,
     "vf_input": "model", "crop": "random", "flip": False, "init": ""}
 
 
-def test_the_rows_are_the_paper_s_and_every_preset_is_valid():
+def test_the_rows_are_those_of_the_paper_and_every_preset_is_valid():
     assert set(train_vae.ROWS) == set(WANTED) and set(PRESETS) >= {"mini", "imagenet256", *WANTED}
     for name in PRESETS:
         s = parse("--preset", name)
         assert s.preset == name and s.out == f"runs/{name}"
-        for f in fields(Settings):   # argparse checks flags against choices, not a preset's values
+        for f in fields(Settings):  # argparse compares flags with their choices, but not a preset's values
             value, choices = getattr(s, f.name), f.metadata.get("choices")
             assert (choices is None or value in choices) and type(value) is type(f.default), (name, f.name)
     for name, (spec, vf) in (WANTED | {"imagenet256": ("f16d32", FULL)}).items():
@@ -106,15 +109,17 @@ def test_the_rows_are_the_paper_s_and_every_preset_is_valid():
 
 @pytest.mark.parametrize("name", WANTED)
 def test_every_row_builds_and_takes_a_step(monkeypatch, name):
-    """The row's own spec, made narrow, through build() and train_step(), where the discriminator begins."""
+    """The row's own spec, made narrow, through make_run and the first train_step with a discriminator."""
     spec, vf = WANTED[name]
     asked = []
     monkeypatch.setattr(train_vae, "load_foundation_model", lambda *args: asked.append(args) or Teacher())
-    s = parse("--preset", name, "--image-size", 64, "--lpips-weight", 0, "--no-compile", "--device", "cpu")
+    monkeypatch.setattr(train_vae, "start_from", lambda *args: None)
+    s = parse("--preset", name, "--image-size", 64, "--lpips-weight", 0, "--no-compile", "--device", "cpu",
+              "--init", "the stage before" if "long" in name else "")
     f, d = (int(v) for v in spec[1:].split("d"))
     assert (SPECS[spec]["ch"], SPECS[spec]["embed_dim"]) == (128, d)
     monkeypatch.setitem(SPECS, spec, SPECS[spec] | {"ch": 32})
-    run = train_vae.build(s, None, ONE, False)
+    run = make_run(s, None, ONE, None)
     assert run.tokenizer.vae.f == f
     assert asked == ([] if vf == NONE else [(vf["vf"], (64 // f, 64 // f), "model", None)])
     before = run.tokenizer.vae.encoder.conv_in.weight.clone()
@@ -134,7 +139,7 @@ def test_every_row_builds_and_takes_a_step(monkeypatch, name):
 
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
-    """Settings of a small run on the built-in images, by flags; no signal handlers."""
+    """A function from flags to settings of a small run on the built-in images; no signal handlers are set."""
     monkeypatch.setitem(SPECS, "mini-f4d4", TINY)
     monkeypatch.setattr(train_vae.signal, "signal", lambda *args: None)
     return partial(parse, "--spec", "mini-f4d4", "--image-size", 24, "--vf", "none", "--batch-size", 4,
@@ -155,40 +160,44 @@ def test_train_tells_train_step_the_batch_and_resumes_where_it_was(tiny, monkeyp
     assert [row[0] for row in seen] == list(range(6)) and {row[4] for row in seen} == {(4, 3, 24, 24)}
     assert [row[1] for row in seen] == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1, 0.1])
     assert len({row[2] for row in seen}) == len({row[3] for row in seen}) == 6
-    release(tmp_path)
-    whole, state = list(seen), train_vae.torch_load(tmp_path / "vae.pt")
-    assert state["step"] == state["total_steps"] == 6 and len(state["classes"]) == state["num_classes"] == 10
+    whole, state = list(seen), torch_load(tmp_path / "vae.pt")
+    assert state["step"] == state["total_steps"] == 6 and len(state["classes"]) == 10
     assert (tmp_path / "reconstructions.png").exists()
     train_vae.train(s, ONE)
     assert "is finished" in capsys.readouterr().out and len(seen) == 6
-    state = state | {"step": 4}
-    train_vae.save_checkpoint(state | {"identity": "other"}, tmp_path / "vae.pt")
+    state |= {"step": 4}
+    train_vae.write_checkpoint(state | {"identity": "other"}, tmp_path / "vae.pt")
     line = user_error(train_vae.train, s, ONE)
     assert "--data" in line and str(tmp_path / "vae.pt") in line
-    train_vae.save_checkpoint(state, tmp_path / "vae.pt")
+    train_vae.write_checkpoint(state, tmp_path / "vae.pt")
     train_vae.train(s, ONE)
     assert seen[6:] == whole[4:]
+    s.steps = 8  # a longer training continues the finished one
+    train_vae.train(s, ONE)
+    assert [row[0] for row in seen[8:]] == [6, 7]
 
 
 def test_the_long_recipe_is_a_chain_by_init(tiny, monkeypatch, tmp_path):
-    """A part starts from all weights of the one before, W and the discriminator, too; Adam starts anew."""
+    """A stage starts from all weights of the one before, including W and the discriminator, with a new
+    Adam."""
     monkeypatch.setattr(train_vae, "load_foundation_model", lambda *args: Teacher())
-    tiny = partial(tiny, "--vf", "dinov2", "--lpips-weight", 0, "--disc-weight", 0.5)
-    first, second = tiny("--out", tmp_path / "1", "--steps", 2), tiny("--out", tmp_path / "2", "--steps", 2)
-    second.seed, second.init = 5, str(tmp_path / "1" / "vae.pt")
-    train_vae.train(first, ONE)
-    state = train_vae.torch_load(tmp_path / "1" / "vae.pt")
-    run = train_vae.build(second, None, ONE, False)
+    tiny = partial(tiny, "--vf", "dinov2", "--lpips-weight", 0, "--disc-weight", 0.5, "--steps", 2)
+    paths = [tmp_path / name / "vae.pt" for name in ("1", "2")]
+    train_vae.train(tiny("--out", tmp_path / "1"), ONE)
+    second, state = tiny("--out", tmp_path / "2", "--seed", 5, "--init", paths[0]), torch_load(paths[0])
+    run = make_run(second, None, ONE, None)
     for name, part in run.parts().items():
         if name.startswith("optimizer"):
             assert not part.state and state[name]["state"], name
         else:
             assert all(torch.equal(value, state[name][k]) for k, value in part.state_dict().items()), name
-    assert {"state_dict", "linear_proj", "discriminator"} <= run.parts().keys()
-    resumed = train_vae.build(second, None, ONE, True)   # its checkpoint holds what it had learned
-    assert not torch.equal(resumed.tokenizer.linear_proj.weight, run.tokenizer.linear_proj.weight)
+    assert {"model", "linear_proj", "discriminator"} <= run.parts().keys()
     train_vae.train(second, ONE)
-    assert train_vae.torch_load(tmp_path / "2" / "vae.pt")["step"] == 2
+    state = torch_load(paths[1])
+    # a resumed run takes its own weights, not those of --init
+    resumed = make_run(second, None, ONE, state).tokenizer.linear_proj.weight
+    assert torch.equal(resumed, state["linear_proj"]["weight"])
+    assert not torch.equal(resumed, run.tokenizer.linear_proj.weight)
 
 
 def test_init_takes_released_files_and_says_when_they_are_of_another_spec(monkeypatch, tmp_path):
@@ -198,25 +207,25 @@ def test_init_takes_released_files_and_says_when_they_are_of_another_spec(monkey
     s = parse("--preset", "imagenet256", *flags, "--init", tmp_path / "released.pt")
     weights = AutoencoderKL(**SPECS["f16d32"]).state_dict()
     torch.save({"state_dict": weights | {"loss.logvar": torch.zeros(1)}}, s.init)
-    run = train_vae.build(s, None, ONE, False)
+    run = make_run(s, None, ONE, None)
     ours = run.tokenizer.vae.state_dict()
     assert ours.keys() == weights.keys() and all(torch.equal(ours[k], weights[k]) for k in weights)
     torch.save(full_size("f8d4"), s.init)
-    assert "--spec f16d32" in user_error(train_vae.build, s, None, ONE, False)
+    assert "--spec f16d32" in user_error(make_run, s, None, ONE, None)
 
 
 def test_init_takes_what_else_the_authors_file_holds_if_it_fits(monkeypatch, tmp_path, capsys):
-    """Theirs holds W of Eq. 1 and the discriminator beside the autoencoder, under other names than ours."""
+    """It holds W of Eq. 1 and the discriminator, under other names than our checkpoints."""
     monkeypatch.setitem(SPECS, "f16d32", SPECS["f16d32"] | {"ch": 32})
     s = parse("--preset", "imagenet256", "--lpips-weight", 0, "--device", "cpu", "--init", tmp_path / "a.pt")
     theirs, disc = AutoencoderKL(**SPECS["f16d32"]).state_dict(), PatchDiscriminator()
     theirs |= {f"loss.discriminator.{name}": value for name, value in disc.state_dict().items()}
     foundation = SimpleNamespace(width=1024, to=lambda device: foundation)
     monkeypatch.setattr(train_vae, "load_foundation_model", lambda *_: foundation)
-    for width, word in ((1024, "comes from it, too"), (768, "starts anew")):
+    for width, word in ((1024, "comes from this file, too"), (768, "starts anew")):
         W = torch.randn(width, 32, 1, 1)
         torch.save({"state_dict": theirs | {"linear_proj.weight": W}}, s.init)
-        run = train_vae.build(s, None, ONE, False)
+        run = make_run(s, None, ONE, None)
         assert torch.equal(run.tokenizer.linear_proj.weight, W) == (width == 1024)
         ours = run.disc.state_dict()
         assert all(torch.equal(ours[name], value) for name, value in disc.state_dict().items())
@@ -225,28 +234,31 @@ def test_init_takes_what_else_the_authors_file_holds_if_it_fits(monkeypatch, tmp
 
 @pytest.mark.parametrize("flags, words", [
     (["--image-size", 30], ["--image-size 30", "divisible", "f16d32"]),
-    (["--image-size", 16], ["--image-size 16", "--disc-weight 0"]),
-    (["--no-mcos", "--no-mdms"], ["--no-mcos", "--vf none"])])
+    (["--image-size", 16], ["24 pixels or more, not 16", "--disc-weight 0"]),
+    (["--no-mcos", "--no-mdms"], ["--no-mcos", "--vf none"]),
+    (["--preset", "vavae-long-2"], ["continues the stage before", "--init runs/vavae-long-1/vae.pt"])])
 def test_settings_that_do_not_fit_each_other(flags, words):
-    line = user_error(train_vae.build, parse("--preset", "imagenet256", *flags), None, ONE, False)
+    line = user_error(make_run, parse("--preset", "imagenet256", *flags), None, ONE, None)
     assert all(word in line for word in words), line
 
 
-def test_the_stand_in_is_the_same_for_all_seeds_and_may_learn_from_other_images(tmp_path):
-    for name, classes in (("a", {"x": 6, "y": 6}), ("b", {"p": 4, "q": 4, "r": 4})):
+def test_the_teacher_is_the_same_for_all_seeds_and_may_learn_from_other_images(tmp_path):
+    for name, classes in (("a", {"x": 6, "y": 6}), ("b", {"p": 4, "q": 4, "r": 4}), ("c", {"z": 9})):
         write_photos(tmp_path / name, classes)
     images = Images(str(tmp_path / "a"), "train", 16)
-    make = partial(train_vae.stand_in, images=images, f=4, device=CPU)
+    make = partial(train_vae.make_teacher, images=images, f=4, world=ONE)
     small = ("--data", tmp_path / "a", "--image-size", 16, "--teacher-steps", 2)
-    first, second = (make(parse(*small, "--seed", seed), resumed=False) for seed in (0, 5))
+    first, second = (make(parse(*small, "--seed", seed), state=None) for seed in (0, 5))
     for name, value in first.state_dict().items():
         assert torch.equal(value, second.state_dict()[name]), name
     other = parse(*small, "--teacher-data", tmp_path / "b")
-    assert make(other, resumed=False).head.out_features == 3 and first.head.out_features == 2
-    empty = make(other, resumed=True)   # the checkpoint's weights come next
-    assert empty.head.out_features == 3
-    frozen = train_vae.load_foundation_model("mini", (4, 4), "model", empty)
-    assert not empty.training and not any(p.requires_grad for p in frozen.parameters())
+    third = make(other, state=None)
+    assert third.head.out_features == 3 and first.head.out_features == 2
+    other.teacher_steps = 10 ** 9  # a resumed run takes the teacher from its checkpoint and trains none
+    resumed = make(other, state={"teacher": third.state_dict()})
+    assert torch.equal(resumed.head.weight, third.head.weight)
+    line = user_error(make, parse(*small, "--teacher-data", tmp_path / "c"), state=None)
+    assert "there is only one" in line
 
 
 # --- losses and steps ------------------------------------------------------------------------------------
@@ -284,29 +296,28 @@ def tiny_run(monkeypatch, **settings):
 
 @pytest.mark.parametrize("precision, backend", [("fp32", "aot_eager"), ("bf16", "eager")])
 def test_compiled_steps_have_the_same_terms(monkeypatch, precision, backend):
-    """Eq. 4's extra passes walk through compiled graphs again: aot_eager cuts the same graphs as inductor
-    does, without its code generation (and without the buffers that only inductor gives away)."""
+    """The backward passes of Eq. 4 go through compiled graphs more than once. aot_eager cuts the same graphs
+    as inductor does, but generates no code."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     found = []
     for compiled in (False, True):
         torch.compiler.reset()
         run, x, noise = tiny_run(monkeypatch, compile=compiled, precision=precision)
-        # in bf16 one step: after it a fresh GAN has turned a rounding error into another course
+        # one step in bf16, since a fresh GAN soon turns a rounding error into another course
         steps = range(3 if precision == "fp32" else 1)
         found.append([train_step(run, x[:2], noise[:2], step) for step in steps])
-        saved = run.parts()["state_dict"].state_dict()   # torch.compile adds no prefix to what is saved
+        saved = run.parts()["model"].state_dict()  # torch.compile adds no prefix to what is saved
         assert saved.keys() == AutoencoderKL(**TINY).state_dict().keys()
-        assert run.parts().keys() == {"state_dict", "linear_proj", "optimizer", "discriminator",
-                                      "optimizer_disc"}
+        assert run.parts().keys() == {"model", "linear_proj", "optimizer", "discriminator", "optimizer_disc"}
     for plain, fast in zip(*found, strict=True):
         for name, value in plain.items():
             assert fast[name].item() == pytest.approx(value.item(), rel=1e-4, abs=1e-5), name
 
 
-@pytest.mark.parametrize("settings", [{"accumulate": 2}, {"accumulate": 4}, {"checkpointing": True},
-                                      {"accumulate": 2, "checkpointing": True}])
+@pytest.mark.parametrize("settings", [{"chunks": 2}, {"chunks": 4}, {"checkpointing": True},
+                                      {"chunks": 2, "checkpointing": True}])
 def test_saving_memory_changes_no_step(monkeypatch, settings):
-    """The discriminator in eval mode: its BatchNorm would see a part of the batch."""
+    """The discriminator is in eval mode, because its BatchNorm would see a chunk of the batch only."""
     found = []
     for kwargs in ({}, settings):
         run, x, noise = tiny_run(monkeypatch, **kwargs)
@@ -315,7 +326,7 @@ def test_saving_memory_changes_no_step(monkeypatch, settings):
         found.append((terms, [p.grad for net in (run.tokenizer, run.disc) for p in net.parameters()]))
     (want, want_grads), (got, got_grads) = found
     for a, b in zip(want, got, strict=True):
-        assert a.keys() <= b.keys()
+        assert a.keys() == b.keys()
         for name, value in a.items():
             assert b[name].item() == pytest.approx(value.item(), rel=1e-3), name
     whole = torch.cat([g.flatten() for g in want_grads]).norm()
@@ -323,8 +334,22 @@ def test_saving_memory_changes_no_step(monkeypatch, settings):
         assert (a - b).norm() < 1e-3 * a.norm() + 1e-5 * whole
 
 
-def test_accumulate_keeps_what_goes_in_and_out(monkeypatch):
-    """Autograd's memory of the decoder: its parts' inputs instead of every layer's activations."""
+@pytest.mark.parametrize("chunks, encoder, decoder, lpips, disc", [(1, 1, 1, 2, 3), (2, 2, 3, 8, 7)])
+def test_forward_passes_of_a_step(monkeypatch, chunks, encoder, decoder, lpips, disc):
+    """The numbers in the help of --chunks. LPIPS runs its network on two images, and the discriminator is
+    called three times, for the autoencoder (in chunks 3 passes), real images and reconstructions (2 each)."""
+    run, x, noise = tiny_run(monkeypatch, chunks=chunks, lpips_weight=1.0)
+    vae, seen = run.tokenizer.vae, {}
+    first_layers = (vae.encoder.conv_in, vae.decoder.conv_in, run.lpips.features[0], run.disc.main[0])
+    for layer in first_layers:
+        layer.register_forward_hook(
+            lambda layer, args, output: seen.update({layer: seen.get(layer, 0) + len(output)}))
+    train_step(run, x, noise, 0)
+    assert [seen[layer] / len(x) for layer in first_layers] == [encoder, decoder, lpips, disc]
+
+
+def test_chunks_keep_what_goes_in_and_out(monkeypatch):
+    """Autograd keeps the inputs of the decoder's chunks instead of the activations of every layer."""
     def kept(**settings):
         run, _, noise = tiny_run(monkeypatch, **settings)
         bytes_of = {}
@@ -336,13 +361,13 @@ def test_accumulate_keeps_what_goes_in_and_out(monkeypatch):
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             run.tokenizer.vae.decode(noise).sum()
         return sum(storage.nbytes() for storage in bytes_of.values())
-    assert kept(accumulate=2) < kept() / 10
+    assert kept(chunks=2) < kept() / 10
 
 
 # --- images ----------------------------------------------------------------------------------------------
 def adm(image, size):
-    """ADM's center_crop_arr, written from its description: floor-halve with a box filter while the short side
-    is at least 2 size, then bicubic."""
+    """ADM's center_crop_arr, written from its description: halve with a box filter, rounding down, while the
+    short side is at least 2 size, then resize (bicubic)."""
     image = image.convert("RGB")
     width, height = image.size
     while min(width, height) // size >= 2:
@@ -369,7 +394,7 @@ def blurred(rng, width, height):
 SIZES = ((37, 53, 16), (16, 16, 16), (131, 64, 16), (15, 40, 32), (33, 32, 16), (31, 200, 16), (50, 49, 24))
 
 
-def test_center_crop_is_adm_s():
+def test_center_crop_is_that_of_adm():
     rng = np.random.default_rng(0)
     for width, height, size in SIZES:
         image = blurred(rng, width, height)
@@ -395,7 +420,7 @@ def test_random_crop_is_any_square_of_the_image_at_its_short_side():
         rows, columns = whole.shape[0] - size + 1, whole.shape[1] - size + 1
         for top in range(0, rows, 7):
             for left in range(0, columns, 7):
-                where = ((top + 0.5) / rows, (left + 0.5) / columns)   # the middle of a position's interval
+                where = ((top + 0.5) / rows, (left + 0.5) / columns)  # the middle of a position's interval
                 got = pixels(train_vae.random_crop(image, size, where))
                 assert np.array_equal(got, whole[top:top + size, left:left + size])
         last = pixels(train_vae.random_crop(image, size, (1 - 1e-7, 1 - 1e-7)))
@@ -403,28 +428,60 @@ def test_random_crop_is_any_square_of_the_image_at_its_short_side():
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "CMYK", "LA", "1"])
-def test_every_kind_of_file_becomes_rgb(tmp_path, mode):
+def test_every_mode_becomes_rgb(tmp_path, mode):
     image = blurred(np.random.default_rng(0), 20, 30).convert(mode)
     path = tmp_path / ("image.tif" if mode == "CMYK" else "image.png")
     image.save(path)
-    assert np.array_equal(np.asarray(train_vae.open_image(path)), np.asarray(image.convert("RGB")))
+    assert np.array_equal(np.asarray(open_image(path)), np.asarray(image.convert("RGB")))
 
 
-def test_a_16_bit_grey_image_keeps_its_greys(tmp_path):
+@pytest.mark.parametrize("kind, options", [
+    ("GIF", {}), ("BMP", {}), ("TIFF", {}), ("WEBP", {"lossless": True}), ("JPEG2000", {}),
+    ("ICO", {"sizes": [(24, 24)]}), ("TGA", {})])
+def test_formats_are_told_by_content_and_not_by_name(tmp_path, kind, options):
+    image = blurred(np.random.default_rng(0), 24, 24).quantize(64).convert("RGB")  # what a GIF can hold
+    image.save(tmp_path / "image.jpg", kind, **options)
+    assert np.array_equal(np.asarray(open_image(tmp_path / "image.jpg")), np.asarray(image))
+
+
+def test_postscript_is_refused_and_does_not_run(tmp_path, monkeypatch):
+    def ghostscript(*args, **kwargs):
+        ran.append(args)
+        return Image.new("RGB", (8, 8)).im
+    ran = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", ghostscript)
+    Image.new("RGB", (8, 8)).save(tmp_path / "image.png", "EPS")
+    Image.open(tmp_path / "image.png").load()
+    assert len(ran) == 1  # Pillow alone runs it
+    assert "cannot read the image" in user_error(open_image, tmp_path / "image.png")
+    assert len(ran) == 1
+
+
+def test_grey_images_of_16_and_32_bits(tmp_path):
     levels = np.linspace(0, 65535, 600).astype(np.uint16).reshape(20, 30)
-    Image.fromarray(levels).save(tmp_path / "grey.png")
-    got = np.asarray(train_vae.open_image(tmp_path / "grey.png")).astype(int)
-    assert got.shape == (20, 30, 3) and (abs(got - (levels // 257)[..., None]) <= 1).all()
+    for name in ("grey.png", "grey.tif"):
+        Image.fromarray(levels).save(tmp_path / name)
+    (tmp_path / "grey.pgm").write_bytes(b"P5 30 20 65535\n" + levels.astype(">u2").tobytes())
+    for name in ("grey.png", "grey.tif", "grey.pgm"):
+        got = np.asarray(open_image(tmp_path / name)).astype(int)
+        assert got.shape == (20, 30, 3) and (abs(got - (levels // 257)[..., None]) <= 1).all(), name
+    for dtype in (np.int32, np.float32):
+        Image.fromarray(levels.astype(dtype)).save(tmp_path / "deep.tif")
+        line = user_error(open_image, tmp_path / "deep.tif")
+        assert str(tmp_path / "deep.tif") in line and "32 bits per pixel" in line
 
 
-def test_an_image_that_cannot_be_read_is_named(tmp_path):
-    blurred(np.random.default_rng(0), 200, 200).save(tmp_path / "good.png")
-    Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
-    good = (tmp_path / "good.png").read_bytes()
-    for name, content in (("half", good[:len(good) // 2]), ("text", b"hello"), ("empty", b"")):
-        (tmp_path / f"{name}.png").write_bytes(content)
-    for name in ("half", "text", "empty", "none", "bomb"):
-        assert str(tmp_path / f"{name}.png") in user_error(train_vae.open_image, tmp_path / f"{name}.png")
+def test_an_image_that_cannot_be_read_is_named_with_the_reason(tmp_path):
+    path = tmp_path / "image.png"
+    blurred(np.random.default_rng(0), 200, 200).save(path)
+    good = path.read_bytes()
+    for content, reason in ((good[:len(good) // 2], "truncated"), (b"hello", "cannot identify"), (b"", ""),
+                            (b"P6 20000 20000 255\n", "400000000 pixels")):  # Pillow opens 179 megapixels
+        path.write_bytes(content)
+        line = user_error(open_image, path)
+        assert str(path) in line and reason in line, line
+    path.unlink()
+    assert f"{path}" in user_error(open_image, path)
 
 
 def write_photos(root, counts, seed=0):
@@ -444,7 +501,7 @@ def splits(root, size=16):
 def test_a_folder_without_a_split(tmp_path):
     root = write_photos(tmp_path / "photos", {"b": 20, "a": 25, "c": 9})
     every = [("a", i) for i in range(25)] + [("b", i) for i in range(20)] + [("c", i) for i in range(9)]
-    held_out = every[9::10]   # every tenth, over all classes
+    held_out = every[9::10]  # every tenth, over all classes
     kept = [item for k, item in enumerate(every) if k % 10 != 9]
     for images, want in zip(splits(root), (kept, held_out), strict=True):
         assert images.classes == ["a", "b", "c"] and len(images) == len(want)
@@ -453,39 +510,90 @@ def test_a_folder_without_a_split(tmp_path):
         for position, (c, i) in enumerate(want):
             file = Image.open(root / c / f"{i:03}.png")
             assert np.array_equal(pixels(images[position]), adm(file, 16))
-    with pytest.raises(UserError, match="too few"):
-        Images(str(write_photos(tmp_path / "few", {"a": 6, "b": 3})), "test", 16)
 
 
-@pytest.mark.parametrize("name", ["val", "test", "validation"])
-def test_a_folder_with_a_split(tmp_path, name):
-    """The training images' list of classes counts: a class that val lacks shifts no label."""
-    write_photos(tmp_path / "train", {"x": 11, "xx": 2, "y": 3})
-    assert "none of val, test, validation" in user_error(Images, str(tmp_path), "test", 16)
-    write_photos(tmp_path / name, {"x": 2, "y": 12}, seed=1)
-    train, test = splits(tmp_path)
-    assert train.labels.tolist() == [0] * 11 + [1] * 2 + [2] * 3
-    assert test.labels.tolist() == [0] * 2 + [2] * 12 and test.classes == train.classes == ["x", "xx", "y"]
-    assert np.array_equal(pixels(test[1]), adm(Image.open(tmp_path / name / "x" / "001.png"), 16))
-    (tmp_path / name / "z").mkdir()
-    line = user_error(Images, str(tmp_path), "test", 16)
-    assert str(tmp_path / name) in line and line.endswith("z")
+def layout(root, *files):
+    """Make empty files, since lists are made without opening any; "12 x/y" makes twelve JPEGs in x/y."""
+    for file in files:
+        count, _, folder = file.rpartition(" ")
+        for i in range(int(count or 1)):
+            path = root / folder / f"{i:03}.jpg" if count else root / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+    return root
 
 
-def test_folders_in_folders_links_and_what_is_not_an_image(tmp_path):
-    root = write_photos(tmp_path / "photos", {"a": 12, "b": 3})
-    before = [(images.identity, len(images)) for images in splits(root)]
-    (root / "a" / "again").symlink_to(root / "a")   # would multiply its images, over train and test
-    (root / "a" / "notes.txt").write_text("hello")
-    assert [(images.identity, len(images)) for images in splits(root)] == before
-    write_photos(root / "b", {"deep": 5})
-    assert sum(map(len, splits(root))) == 20
-    elsewhere = write_photos(tmp_path / "elsewhere", {"c": 4})
-    (root / "c").symlink_to(elsewhere / "c")   # a class that is a link
-    assert sum(map(len, splits(root))) == 24
-    (root / "empty").mkdir()
-    assert str(root / "empty") in user_error(Images, str(root), "train", 16)
-    assert "nowhere" in user_error(Images, "nowhere", "train", 16)
+def listed(root, split):
+    """{class: number of files} of a split, and whether all files are where their label says."""
+    pairs, classes = list_folder(root, split)
+    assert all(classes[label] in path.parts for path, label in pairs)
+    return {name: sum(label == k for _, label in pairs) for k, name in enumerate(classes)}
+
+
+@pytest.mark.parametrize("train, test", [
+    ("train", "val"), ("Train", "VAL"), ("TRAIN", "Test"), ("training", "validation"), ("train", "valid"),
+    ("training_set", "test_set"), ("Train_Set", "Val_Set"), ("training", "testing")])
+def test_a_folder_with_a_split(tmp_path, train, test):
+    """The classes are those of the training images, so one that the test images lack shifts no label."""
+    root = layout(tmp_path, f"11 {train}/x", f"2 {train}/xx", f"3 {train}/y", f"2 {test}/x", f"12 {test}/y")
+    layout(root, ".cache/x.jpg", "readme.txt")
+    assert listed(root, "train") == {"x": 11, "xx": 2, "y": 3}
+    assert listed(root, "test") == {"x": 2, "xx": 0, "y": 12}
+    (root / test / "z").mkdir()
+    line = user_error(list_folder, root, "test")
+    assert str(root / test) in line and line.endswith("z")
+
+
+def test_what_is_a_split_and_what_is_a_class(tmp_path):
+    alone = layout(tmp_path / "alone", "10 train/a", "10 train/b")
+    assert listed(alone, "train") == {"a": 9, "b": 9} and listed(alone, "test") == {"a": 1, "b": 1}
+    both = layout(tmp_path / "both", "5 train/a", "4 val/a", "3 test/a", "2 extra/a")
+    assert listed(both, "train") == {"a": 5} and listed(both, "test") == {"a": 4}
+    vehicles = layout(tmp_path / "vehicles", "10 bus", "10 car", "10 train")
+    assert listed(vehicles, "train") == {"bus": 9, "car": 9, "train": 9}
+    deep = layout(tmp_path / "deep", "10 a/2019", "10 a/2020/may", "10 b")
+    assert listed(deep, "train") == {"a": 18, "b": 9}
+
+
+@pytest.mark.parametrize("files, named", [
+    (["5 images/001.Crow", "5 images/002.Jay"], "images"),  # CUB, without and with its other folders
+    (["5 images/001.Crow", "5 images/002.Jay", "attributes/list.txt", "parts/parts.txt"], "images"),
+    (["5 Data/CLS-LOC/train/n01", "5 Data/CLS-LOC/train/n02", "5 Data/CLS-LOC/val"], "Data/CLS-LOC"),
+    (["5 Data/CLS-LOC/train/n01", "5 Data/CLS-LOC/train/n02", "Annotations/CLS-LOC/n01/1.xml"],
+     "Data/CLS-LOC/train")])
+def test_a_folder_around_the_classes_is_refused_by_name(tmp_path, files, named):
+    root = layout(tmp_path, *files)
+    line = user_error(list_folder, root, "train")
+    assert f"are in folders inside {root / named}: name that with --data" in line, line
+
+
+def test_one_class_may_have_folders_of_its_own(tmp_path):
+    assert listed(layout(tmp_path / "a", "20 cats/new"), "train") == {"cats": 18}
+    assert listed(layout(tmp_path / "b", "10 cats", "10 cats/new", "10 cats/old"), "train") == {"cats": 27}
+
+
+@pytest.mark.parametrize("files, words", [
+    (["20 ."], "has no class folders: images are expected in DIR/<class>/*.jpg"),
+    (["20 train", "5 val"], "train has no class folders: images are expected in DIR/<class>/*.jpg"),
+    (["20 a", "b/notes.txt"], "b has no images: images are expected in DIR/<class>/*.jpg"),
+    (["20 train/a", "5 val"], "val has no images in class folders"),  # ImageNet as it is
+    (["6 a", "3 b"], "too few images to split")])
+def test_messages_name_the_layout(tmp_path, files, words):
+    line = user_error(list_folder, layout(tmp_path, *files), "test")
+    assert str(tmp_path) in line and words in line, line
+
+
+def test_hidden_files_and_what_archives_and_servers_leave_behind_are_no_images(tmp_path):
+    root = layout(tmp_path / "photos", "20 a", "10 b", "a/Upper.JPEG")
+    want = listed(root, "train"), listed(root, "test")
+    layout(root, "5 .hidden", "5 __MACOSX/a", "5 @eaDir/b", "5 .ipynb_checkpoints", "a/._000.jpg",
+           "5 a/.ipynb_checkpoints", "5 a/@eaDir", "5 b/__MACOSX", "a/notes.txt", "b/Thumbs.db", "c.jpg")
+    (root / "b" / "000b.jpg").mkdir()  # a folder with the name of a picture
+    (root / "a" / "again").symlink_to(root / "a")  # would give a's images twice, to train and to test
+    assert (listed(root, "train"), listed(root, "test")) == want == ({"a": 19, "b": 9}, {"a": 2, "b": 1})
+    (root / "c").symlink_to(layout(tmp_path / "elsewhere", "10 c") / "c")  # a class that is a link
+    assert listed(root, "train")["c"] == 9
+    assert "is neither a folder nor shapes" in user_error(list_folder, Path("nowhere"), "train")
 
 
 def test_identity_is_of_the_list_of_files_and_classes(tmp_path):
@@ -502,9 +610,9 @@ def test_identity_is_of_the_list_of_files_and_classes(tmp_path):
     assert len({first, renamed, identity()}) == 3
 
 
-@pytest.mark.filterwarnings("error")   # torch warns of a tensor copied by torch.tensor
+@pytest.mark.filterwarnings("error")  # such as torch's, of a tensor copied by torch.tensor
 @pytest.mark.parametrize("kind", ["list", "tensor", "_samples"])
-def test_torchvision_s_sets(monkeypatch, tmp_path, kind):
+def test_sets_of_torchvision(monkeypatch, tmp_path, kind):
     class Fake:
         classes = [("zero", "0"), "one"] if kind == "_samples" else ["zero", "one"]
 
@@ -530,7 +638,7 @@ def test_torchvision_s_sets(monkeypatch, tmp_path, kind):
     images = Images(name, "test", 16)
     assert images.classes == ["zero", "one"] and images.labels.tolist() == [0, 1, 1]
     assert images.labels.dtype == torch.int64 and (pixels(images[2]) == 160).all()
-    assert [download for _, download, _ in asked] == [False, True]   # only what is missing
+    assert [download for _, download, _ in asked] == [False, True]  # downloads only what is missing
     assert asked[0][0] == "data" and asked[0][2].get("train", asked[0][2].get("split")) in (False, "val")
 
 
@@ -548,7 +656,7 @@ def test_shapes_are_a_pure_function_of_seed_and_index():
         assert picture.shape == (32, 32, 3) and picture.dtype == np.uint8
         assert not np.array_equal(picture, drawn(4, i))
     assert len({picture.tobytes() for picture in first}) == 20
-    large = train_vae.draw_shape(3, 4, 64).reduce(2)   # the same picture, only finer
+    large = train_vae.draw_shape(3, 4, 64).reduce(2)  # the same picture at twice the size
     assert abs(np.asarray(large).astype(int) - first[4]).mean() < 3
 
 
@@ -559,17 +667,17 @@ def test_the_built_in_sets():
     for images in (train, test):
         assert (images.labels.bincount() == len(images) // 10).all()
     assert np.array_equal(pixels(train[7]), drawn(0, 7)) and train.labels[7] == 7
-    assert np.array_equal(pixels(test[3]), drawn(0, 10_003))   # test images follow
+    assert np.array_equal(pixels(test[3]), drawn(0, 10_003))  # the test images follow
     assert np.array_equal(pixels(Images("shapes", "train", 24)[0]), drawn(0, 0, 24))
 
 
 def test_the_shape_tells_the_class():
-    """The nearest of 600 pictures, compared by where the ink is, has the same class."""
+    """Of 600 pictures, the nearest by the place of the ink has the same class."""
     masks = []
     for i in range(700):
         picture = drawn(0, i).astype(int)
-        distance = abs(picture - picture[0, 0]).sum(2)   # a corner is ground
-        assert distance.max() > 60, i                    # and ink differs from ground
+        distance = abs(picture - picture[0, 0]).sum(2)  # a corner is ground
+        assert distance.max() > 60, i  # ink differs from ground
         mask = distance > distance.max() / 2
         assert 0.05 < mask.mean() < 0.8
         masks.append(mask.ravel())
@@ -585,7 +693,7 @@ def test_to_float_and_to_uint8_are_inverse():
     assert x.dtype == torch.float32 and x[0] == -1 and x[255] == 1
     assert x[51].item() == pytest.approx(51 / 255 * 2 - 1, abs=1e-6)
     assert torch.equal(train_vae.to_uint8(x), levels)
-    odd = torch.tensor([-9.0, 9.0, 0.4 / 127.5 - 1, 0.6 / 127.5 - 1])   # clipped, rounded
+    odd = torch.tensor([-9.0, 9.0, 0.4 / 127.5 - 1, 0.6 / 127.5 - 1])  # to be clipped and rounded
     assert train_vae.to_uint8(odd).tolist() == [0, 255, 0, 1]
     assert train_vae.to_uint8(x.bfloat16())[0] == 0 and train_vae.to_uint8(x.bfloat16())[255] == 255
 
@@ -595,8 +703,8 @@ def test_save_grid(tmp_path):
     train_vae.save_grid(images, tmp_path / "new" / "grid.png", 3)
     picture = Image.open(tmp_path / "new" / "grid.png")
     assert picture.format == "PNG" and picture.mode == "RGB"
-    assert picture.size == (3 * (3 * 34 + 2), 3 * (2 * 34 + 2))   # 2 pixels between, shown x 3
-    small = np.asarray(picture)[1::3, 1::3]                       # back to one pixel each
+    assert picture.size == (3 * (3 * 34 + 2), 3 * (2 * 34 + 2))  # 2 pixels between images, enlarged by 3
+    small = np.asarray(picture)[1::3, 1::3]  # at the original size
     for k, want in enumerate((0, 64, 128, 191, 255)):
         top, left = 2 + k // 3 * 34, 2 + k % 3 * 34
         assert (small[top:top + 32, left:left + 32] == want).all()
@@ -606,7 +714,7 @@ def test_save_grid(tmp_path):
 
 
 def test_save_reconstructions_is_a_grid_and_its_psnr(tmp_path):
-    class Half(nn.Module):   # a "tokenizer" that loses half the contrast
+    class Half(nn.Module):  # a "tokenizer" that loses half of the contrast
         def encode(self, x):
             return SimpleNamespace(mode=lambda: x)
 
@@ -619,8 +727,8 @@ def test_save_reconstructions_is_a_grid_and_its_psnr(tmp_path):
     picture = Image.open(tmp_path / "r.png")
     assert picture.size == (3 * (8 * 34 + 2), 3 * (4 * 34 + 2))
     shown = np.asarray(picture)[1::3, 1::3, 0][2::34, 2::34][:4, :8].astype(float) / 127.5 - 1
-    assert np.allclose(shown[[0, 2]].ravel(), values, atol=0.01)       # images above,
-    assert np.allclose(shown[[1, 3]].ravel(), values / 2, atol=0.01)   # reconstructions below
+    assert np.allclose(shown[[0, 2]].ravel(), values, atol=0.01)  # images above
+    assert np.allclose(shown[[1, 3]].ravel(), values / 2, atol=0.01)  # reconstructions below
 
 
 # --- the order of the images -----------------------------------------------------------------------------
@@ -629,14 +737,14 @@ def test_within_an_epoch_none_twice_and_none_lost(n, batch):
     steps, indices = range(-(-4 * n // batch)), train_vae.batch_indices
     batches = [indices(n, batch, step, seed=1) for step in steps]
     assert all(len(b) == batch for b in batches)
-    epochs = torch.cat(batches)[:4 * n].view(4, n)   # the borders of epochs lie within batches
+    epochs = torch.cat(batches)[:4 * n].view(4, n)  # epochs end within batches
     assert all(sorted(epoch.tolist()) == list(range(n)) for epoch in epochs)
     train_vae.epoch_order.cache_clear()
     torch.manual_seed(99)
-    for step in reversed(steps):   # a function of (seed, step): not of what came before
+    for step in reversed(steps):  # a function of (seed, step), and not of what came before
         assert torch.equal(indices(n, batch, step, seed=1), batches[step])
     if n > 6:
-        assert len({tuple(epoch.tolist()) for epoch in epochs}) == 4   # another order every time
+        assert len({tuple(epoch.tolist()) for epoch in epochs}) == 4  # another order in every epoch
         assert not all(torch.equal(indices(n, batch, step, seed=2), batches[step]) for step in steps)
 
 
@@ -644,10 +752,12 @@ def test_share_divides_the_batch_among_processes():
     shares = [list(range(12))[process(rank, 3).share(12)] for rank in range(3)]
     assert shares == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
     assert "--batch-size 10" in user_error(process(0, 3).share, 10)
+    assert process(2, 3).share(12, 2) == slice(8, 12)
+    assert "3 process(es) times 4" in user_error(process(0, 3).share, 30, 4)
 
 
 class Numbered(list):
-    """40 images whose left upper pixel tells the index, and the right one 255 - index."""
+    """40 images whose upper left pixel tells the index i, and the upper right one 255 - i."""
 
     def __init__(self):
         super().__init__(torch.zeros(3, 4, 4, dtype=torch.uint8) for _ in range(40))
@@ -662,52 +772,107 @@ class Numbered(list):
 
 @pytest.mark.parametrize("flip", [True, False])
 def test_batches_of_images_are_shared_cropped_and_mirrored(flip):
-    images = Numbered()
-    s = Settings(batch_size=8, seed=5, flip=flip)
-    whole, flips = ImageBatches(images, s, slice(0, 8)), []
+    images, flips = Numbered(), []
+    batch = partial(train_vae.image_batch, images, Settings(batch_size=8, seed=5, flip=flip))
     for step in range(60):
-        x, index = whole[step], train_vae.batch_indices(40, 8, step, 5)
+        x, index = batch(step, slice(0, 8)), train_vae.batch_indices(40, 8, step, 5)
         asked = images.asked[-8:]
         assert x.shape == (8, 3, 4, 4) and x.dtype == torch.uint8
         for image, i in zip(x, index.tolist(), strict=True):
             flips.append(image[0, 0, 0].item() != i)
             assert torch.equal(image.flip(2) if flips[-1] else image, images[i])
-        parts = [ImageBatches(images, s, process(rank, 4).share(8))[step] for rank in range(4)]
-        assert torch.equal(torch.cat(parts), x) and images.asked[-8:] == asked   # the same crops, too
+        parts = [batch(step, process(rank, 4).share(8)) for rank in range(4)]
+        assert torch.equal(torch.cat(parts), x) and images.asked[-8:] == asked  # the same crops, too
     assert np.mean(flips) == pytest.approx(flip / 2, abs=4 * 0.5 / np.sqrt(len(flips)) * flip)
-    where = np.array(images.asked)   # two uniform numbers an image
+    where = np.array(images.asked)  # two uniform numbers per image
     assert where.min() >= 0 and where.max() < 1 and np.allclose(where.mean(0), 0.5, atol=0.07)
     assert abs(np.corrcoef(where.T)[0, 1]) < 0.2 and len({tuple(w) for w in asked}) == 8
 
 
-def test_the_loader_gives_the_same_with_and_without_worker_processes():
-    batches = ImageBatches(Numbered(), Settings(batch_size=8, seed=5, flip=True), slice(0, 8))
-    order = {"batch_size": None, "sampler": range(3, 9)}
-    plain, read_ahead = (list(train_vae.loader(batches, workers, CPU, **order)) for workers in (0, 1))
+# --- loading processes -----------------------------------------------------------------------------------
+def test_the_loader_gives_the_same_with_and_without_processes():
+    def batch(step):
+        return train_vae.image_batch(images, s, step, slice(0, 8))
+
+    def pair(i):  # the later items of each few are done first
+        time.sleep(0.02 * (-i % 4))
+        return torch.full((2, 2), i), torch.tensor(i)
+    images, s = Numbered(), Settings(batch_size=8, seed=5, flip=True)
+    plain, read_ahead = (list(loader(batch, range(3, 9), workers)) for workers in (0, 2))
     assert len(plain) == len(read_ahead) == 6
     for step, a, b in zip(range(3, 9), plain, read_ahead, strict=True):
-        assert torch.equal(a, b) and torch.equal(a, batches[step])
+        assert torch.equal(a, b) and torch.equal(a, batch(step))
+    for i, (a, b) in enumerate(loader(pair, range(20), 2)):
+        assert torch.equal(a, torch.full((2, 2), i)) and b == i
+    assert i == 19 and list(loader(batch, [], 2)) == []
+
+
+def gone(seconds=60):
+    """Whether all child processes end within so many seconds."""
+    end = time.monotonic() + seconds
+    while active_children() and time.monotonic() < end:
+        time.sleep(0.05)
+    return not active_children()
+
+
+def test_errors_in_a_loading_process_keep_their_type_and_message():
+    def fail(error):
+        if error:
+            raise error
+        return torch.zeros(1)
+    for workers in (0, 2):
+        items = [None, None, UserError("cannot read the image x"), None]
+        assert user_error(list, loader(fail, items, workers)) == "cannot read the image x"
+        with pytest.raises(ZeroDivisionError, match="a mistake"):
+            list(loader(fail, [ZeroDivisionError("a mistake")], workers))
+    assert gone()
+
+
+def test_a_loading_process_that_is_killed_ends_the_run_in_one_line():
+    def killed(i):
+        if i == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return torch.tensor(i)
+    assert "a loading process died" in user_error(list, loader(killed, range(9), 2))
+    assert gone()
+
+
+def test_loading_processes_end_with_the_generator():
+    def number(i):
+        return torch.tensor(os.getpid())
+    batches = loader(number, range(10 ** 9), 2)
+    assert next(batches) != os.getpid() and len(active_children()) == 2
+    batches.close()
+    assert gone()
+
+
+def test_a_stop_signal_ends_the_wait_for_a_loading_process_that_is_stuck(monkeypatch):
+    monkeypatch.setattr(train_vae, "wait", lambda futures, timeout: SimpleNamespace(done=set()))
+    stop = train_vae.Stop.__new__(train_vae.Stop)
+    stop.asked = signal.SIGTERM
+    line = user_error(list, loader(torch.tensor, range(9), 2, stop))
+    assert "waiting for a loading process" in line and gone()
 
 
 # --- flags and the ends of a script ----------------------------------------------------------------------
 @dataclass
 class Flags:
-    preset: str = opt("imagenet256", same=False)   # named settings
-    out: str = opt("", same=False)   # folder
+    preset: str = opt("imagenet256", same=False)  # named settings
+    out: str = opt("", same=False)  # folder
     # --- a group
-    image_size: int = opt(256, "[1, 8192]")   # 100 % of the side
-    lr: float = opt(1e-4, "(0, inf)")   # rate
-    swiglu: bool = True   # on
+    image_size: int = 256  # 100 % of the side
+    lr: float = 1e-4  # rate
+    swiglu: bool = True  # on
     fresh: bool = opt(False, same=False)
         # a text below,
         # of two lines
-    vf: str = opt("none", choices=("none", "mini"))   # model
-    guidance: float = 0.0   # may be 0
+    vf: str = opt("none", choices=("none", "mini"))  # model
+    ema: float = 0.0  # may be 0
 
 
 @dataclass
 class Mute:
-    preset: str = ""   # named settings
+    preset: str = ""  # named settings
     mute: int = 3
 
 
@@ -716,7 +881,7 @@ FLAGS = partial(parse, cls=Flags, presets={"mini": {"image_size": 32, "swiglu": 
 
 def test_flags_override_the_preset_and_the_preset_the_defaults():
     mini = {"preset": "mini", "out": "runs/mini", "image_size": 32, "lr": 1e-4, "swiglu": False,
-            "fresh": False, "vf": "none", "guidance": 0.0}
+            "fresh": False, "vf": "none", "ema": 0.0}
     assert asdict(FLAGS()) == mini
     s = FLAGS("--preset", "large", "--lr", "3e-2", "--no-swiglu", "--fresh", "--vf", "mini", "--out", "there")
     assert asdict(s) == mini | {"preset": "large", "out": "there", "image_size": 256, "lr": 0.03,
@@ -729,19 +894,11 @@ def test_flags_override_the_preset_and_the_preset_the_defaults():
 
 @pytest.mark.parametrize("flags", [
     "--imagesize 3", "--image 3", "--image-size 3.5", "--lr fast", "--lr", "--preset tiny", "--vf dino",
-    "stray", "--image-size -32", "--lr -0.5", "--lr nan", "--lr inf", "--lr 0", "--image-size 0",
-    "--image-size 9000", "--guidance -1e-3", "--guidance inf", "--no-vf", "--swiglu yes",
-    f"--image-size 1{'0' * 400}"])
+    "stray", "--image-size -32", "--lr -0.5", "--lr nan", "--lr inf", "--lr 0", "--ema 1.5", "--no-vf",
+    "--swiglu yes"])
 def test_wrong_flags_end_in_one_line(flags):
     line, words = user_error(FLAGS, *flags.split()), flags.split()
     assert words[0] in line or words[-1] in line, line
-
-
-def test_intervals():
-    for value, interval, want in ((0, "[0, inf)", True), (0, "(0, inf)", False), (1, "[0, 1)", False),
-                                  (1, "[0, 1]", True), (-1, "[0, 1]", False), (0.5, "(0, 1)", True),
-                                  (float("inf"), "[0, inf)", False), (float("nan"), "[0, inf)", False)):
-        assert train_vae.inside(value, interval) is want, (value, interval)
 
 
 def test_help_is_the_comment_beside_or_below_a_setting(capsys):
@@ -752,39 +909,37 @@ def test_help_is_the_comment_beside_or_below_a_setting(capsys):
     for words in ("--image-size INT 100 % of the side (default: 32)", "on (default: False)",
                   "a text below, of two lines (default: False)", "model: none, mini (default: 'none')"):
         assert words in text
-    with pytest.raises(KeyError, match="mute"):   # every setting has one
+    with pytest.raises(KeyError, match="mute"):  # every setting needs a comment
         parse(cls=Mute, presets={"mini": {}})
 
 
-def test_every_error_ends_in_one_line_and_a_status(monkeypatch, capsys):
-    def end(error):
+def test_mistakes_end_in_one_line_and_everything_else_in_a_traceback(monkeypatch, capsys):
+    def run(error):
         def work(settings, world):
             if error:
                 raise error
-        with pytest.raises(SystemExit) as caught:
-            train_vae.run_script(Flags, {"mini": {}}, "doc", work)
-        return caught.value.code, capsys.readouterr().err
+        train_vae.run_script(Flags, {"mini": {}}, "doc", work)
     monkeypatch.setattr("sys.argv", ["/somewhere/script.py", "--vf", "mini"])
     monkeypatch.setattr(Flags, "device", "cpu", raising=False)
     stop = train_vae.Stop.__new__(train_vae.Stop)
     stop.asked = signal.SIGTERM
     with pytest.raises(UserError) as stopped:
         stop.leave("stopped after step 3")
-    in_worker = UserError("Caught UserError in DataLoader worker\nTraceback\nvae.UserError: no file x")
-    for error, status, words in (
-            (None, 0, ""), (UserError("no file x"), 1, "error: no file x"), (in_worker, 1, ": no file x"),
-            (PermissionError(13, "Permission denied", "/x/y"), 1, "/x/y"), (ValueError("3x5"), 1, "3x5"),
-            (OSError(28, "No space left on device"), 1, "No space left"), (KeyboardInterrupt(), 130, ""),
-            (stopped.value, 143, "stopped after step 3")):
-        code, err = end(error)
-        assert code == status and words in err and len(err.splitlines()) == (error is not None), err
-        assert not err or err.startswith("script.py: ")
-        assert ("error:" in err) == (status == 1)
-    with pytest.raises(ZeroDivisionError):   # a bug of ours keeps its traceback
-        end(ZeroDivisionError())
+    run(None)
+    for error, status, line in ((UserError("no file x"), 1, "script.py: error: no file x\n"),
+                                (KeyboardInterrupt(), 130, "script.py: interrupted\n"),
+                                (stopped.value, 143, "script.py: stopped after step 3\n")):
+        with pytest.raises(SystemExit) as end:
+            run(error)
+        assert end.value.code == status and capsys.readouterr().err == line
+    for error in (ZeroDivisionError(), ValueError("3x5"), FileNotFoundError(2, "No such file", "/x/y")):
+        with pytest.raises(type(error)):
+            run(error)
     monkeypatch.setattr("sys.argv", ["/somewhere/script.py", "--vf", "dino"])
-    code, err = end(None)
-    assert code == 1 and "dino" in err and len(err.splitlines()) == 1
+    with pytest.raises(SystemExit):
+        run(None)
+    err = capsys.readouterr().err
+    assert "dino" in err and len(err.splitlines()) == 1
 
 
 def test_a_stop_signal_is_remembered_until_the_step_is_done():
@@ -794,7 +949,7 @@ def test_a_stop_signal_is_remembered_until_the_step_is_done():
         assert not stop.agreed()
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.asked == signal.SIGTERM and stop.agreed()
-        with pytest.raises(KeyboardInterrupt):   # asked already: Ctrl-C now kills
+        with pytest.raises(KeyboardInterrupt):  # the second signal ends the run at once
             os.kill(os.getpid(), signal.SIGINT)
             signal.pause()
     finally:
@@ -810,7 +965,8 @@ def test_resume_lists_what_differs(tmp_path):
     state = {"stage": "vae", "step": 4, "total_steps": 9, "identity": "", "x": torch.ones(2)}
     torch.save(state | {"settings": asdict(s)}, path)
     assert resume(s)["step"] == 4 and torch.equal(resume(s)["x"], torch.ones(2))
-    conduct = ("--workers", 3, "--log-every", 7, "--save-every", 9, "--device", "cpu", "--compile")
+    conduct = ("--workers", 3, "--log-every", 7, "--save-every", 9, "--device", "cpu", "--compile",
+               "--steps", 900, "--chunks", 2, "--checkpointing", "--data", "moved")
     assert resume(parse("--out", tmp_path, *conduct))["step"] == 4
     line = user_error(resume, parse("--out", tmp_path, "--lr", 0.5, "--no-mdms", "--seed", 3, "--workers", 3))
     for words in (f"--lr 0.5 (checkpoint: {s.lr!r})", "--mdms False (checkpoint: True)",
@@ -819,29 +975,16 @@ def test_resume_lists_what_differs(tmp_path):
     assert line.count("checkpoint:") == 3
     assert resume(parse("--out", tmp_path, "--lr", 0.5, "--fresh")) is None
     older = asdict(s)
-    del older["kl_weight"]   # written before there was such a setting: so it had its default
+    del older["kl_weight"]  # a setting that is younger than the file, where it had its default
     torch.save(state | {"settings": older}, path)
     assert resume(parse("--out", tmp_path))["step"] == 4
     assert "--kl-weight 7.0" in user_error(resume, parse("--out", tmp_path, "--kl-weight", 7))
     assert "no dit checkpoint" in user_error(train_vae.resume, path, "dit", s)
-    torch.save({"stage": "vae", "step": 4}, path)
-    assert f"{path} is damaged" in user_error(resume, s)
     learned = {f.name for f in fields(Settings) if f.metadata.get("same", True)}
     assert learned == {
-        "seed", "spec", "batch_size", "lr", "vf", "vf_weight", "cos_margin", "mdms_margin", "mcos", "mdms",
-        "epochs", "warmup", "steps", "image_size", "crop", "flip", "kl_weight", "lpips_weight", "disc_weight",
+        "seed", "spec", "batch_size", "lr", "vf", "vf_weight", "cos_margin", "mdms_margin", "mcos",
+        "mdms", "warmup", "image_size", "crop", "flip", "kl_weight", "lpips_weight", "disc_weight",
         "disc_start", "init", "vf_input", "teacher_steps", "teacher_data", "precision"}
-
-
-def test_checkpoints_of_another_kind(tmp_path):
-    path, load = tmp_path / "x.pt", train_vae.load_checkpoint
-    assert "run this" in user_error(load, path, "vae", "run this")
-    for state in ([1, 2], {"x": 1}, {"stage": "dit"}):
-        torch.save(state, path)
-        line = user_error(load, path, "vae", "do this")
-        assert str(path) in line and "do this" in line
-    torch.save({"stage": "vae", "x": 2}, path)
-    assert load(path, "vae", "")["x"] == 2
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path):
@@ -850,264 +993,122 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
         raise KeyboardInterrupt
     path, write = tmp_path / "deep" / "file.bin", train_vae.atomic_write
     write(path, lambda file: file.write(b"old"))
-    for _ in range(2):
-        with pytest.raises(KeyboardInterrupt):
-            write(path, broken)
-        assert path.read_bytes() == b"old"
-    assert len(os.listdir(path.parent)) <= 2   # a kill leaves one file behind, however often
+    with pytest.raises(KeyboardInterrupt):
+        write(path, broken)
+    assert path.read_bytes() == b"old" and os.listdir(path.parent) == ["file.bin"]
     write(path, lambda file: file.write(b"new"))
     assert path.read_bytes() == b"new" and os.listdir(path.parent) == ["file.bin"]
 
 
-def test_json_files(tmp_path):
-    train_vae.write_json(tmp_path / "x" / "a.json", {"n": [1, 2.5, "three"]})
-    assert train_vae.read_json(tmp_path / "x" / "a.json") == {"n": [1, 2.5, "three"]}
-    for content in (b"", b'{"n": [1', b"\xff\xfe\x00"):
-        (tmp_path / "b.json").write_bytes(content)
-        assert str(tmp_path / "b.json") in user_error(train_vae.read_json, tmp_path / "b.json")
-
-
-def test_an_optimizer_of_another_network_is_refused():
-    def adam(*sizes):
-        weights = [nn.Parameter(torch.ones(size)) for size in sizes]
-        optimizer = torch.optim.Adam(weights, 0.1, fused=False)
-        sum(w.sum() for w in weights).backward()
-        optimizer.step()
-        return optimizer
-    one, same, other = adam(2, 3), adam(2, 3), adam(2)
-    same.step()
-    train_vae.load_optimizer(one, same.state_dict(), "x.pt")
-    for a, b in zip(one.state.values(), same.state.values(), strict=True):
-        assert torch.equal(a["exp_avg"], b["exp_avg"]) and a["step"] == b["step"] == 2
-    assert "x.pt" in user_error(train_vae.load_optimizer, one, other.state_dict(), "x.pt")
-
-
-def test_the_log_names_the_first_bad_step_and_term(tmp_path):
-    log, saved = Log(tmp_path / "metrics.csv", ONE, 0, 8), "runs/x/vae.pt"
-    good, nan, inf = torch.tensor(1.0), torch.tensor(float("nan")), torch.tensor(float("-inf"))
-    for step, (rec, kl) in enumerate([(good, good), (good, good), (good, inf), (nan, nan), (good, good)], 1):
-        log.watch(step, {"rec": rec, "kl": kl})
-        if step < 3:
-            log.check(saved, "advice", [torch.ones(2)])
-    line = user_error(log.check, saved, "try this")
-    assert "kl is not finite at step 3" in line and "try this" in line and saved in line
-    release(tmp_path)
-    fresh = Log(tmp_path / "metrics.csv", ONE, 0, 8)
-    line = user_error(fresh.check, saved, "try this", [torch.ones(2), torch.tensor([1.0, float("nan")])])
-    assert "a weight is not finite" in line and saved in line
+def test_what_is_not_finite_stops_the_run(tmp_path):
+    log = Log(tmp_path / "metrics.csv", ONE, 0, 8, "try this")
+    log.write(1, {"rec": 1.0, "bin": torch.tensor(float("nan"))}, may_be_empty=("bin",))
+    for value in ("nan", "inf", "-inf"):
+        line = user_error(log.write, 2, {"rec": 1.0, "kl": torch.tensor(float(value))})
+        assert line == "kl is not finite at step 2; try this"
+    assert len((tmp_path / "metrics.csv").read_text().splitlines()) == 2
+    log.check_weights([torch.ones(2)])
+    line = user_error(log.check_weights, [torch.ones(2), torch.tensor([1.0, float("nan")])])
+    assert line == "a weight is not finite; try this"
 
 
 def test_metrics_after_the_checkpoint_are_written_again(tmp_path):
     path = tmp_path / "run" / "metrics.csv"
 
     def lines():
-        return [line.rsplit(",", 2)[0] for line in path.read_text().splitlines()]   # without speed and memory
-    first = Log(path, ONE, 0, 8)
+        return [line.rsplit(",", 2)[0] for line in path.read_text().splitlines()]  # without speed and memory
+    first = Log(path, ONE, 0, 8, "")
     for step in (2, 4, 6, 10):
         first.write(step, {"rec": torch.tensor(step / 3), "kl": 1e-9 * step})
-    release(tmp_path)
-    again = Log(path, ONE, 4, 8)
+    again = Log(path, ONE, 4, 8, "")
     again.write(6, {"rec": 7.0, "kl": 8.0})
-    assert again.write(8, {"rec": float("nan"), "kl": 9.0})["kl"] == 9   # not measured: empty
+    values = again.write(8, {"rec": float("nan"), "kl": 9.0}, may_be_empty=("rec",))
+    assert values["kl"] == 9 and values.keys() == {"rec", "kl", "images_per_s", "memory_gib"}
     assert path.read_text().splitlines()[0] == "step,rec,kl,images_per_s,memory_gib"
-    assert not path.stat().st_mode & 0o111
-    assert lines() == ["step,rec,kl", "2,0.666667,2e-09", "4,1.33333,4e-09", "6,7,8", "8,,9"]
+    assert not path.stat().st_mode & 0o111  # a CSV is no program
+    whole = ["step,rec,kl", "2,0.666667,2e-09", "4,1.33333,4e-09", "6,7,8", "8,,9"]
+    assert lines() == whole
+    assert f"{path} has other columns" in user_error(again.write, 10, {"rec": 1.0, "psnr": 2.0})
     second = process(1, 2)
     second.mean = lambda tensor: tensor
-    Log(path, second, 4, 8).write(9, {"rec": 1.0})   # another process writes nothing
-    assert len(lines()) == 5
-    release(tmp_path)
-    Log(path, ONE, 0, 8)
+    Log(path, second, 4, 8, "").write(9, {"rec": 1.0})  # only the first process writes
+    assert lines() == whole
+    Log(path, ONE, 0, 8, "")  # a new run starts a new file
     assert path.read_text() == ""
 
 
-def test_a_csv_with_rubbish_in_it_does_not_stop_a_resumed_run(tmp_path):
-    path = tmp_path / "metrics.csv"
-    path.write_bytes(b"step,rec\n1,2\n2\xff\xfe\x00,3\n3x\n\n\n9,9\n")
-    try:
-        Log(path, ONE, 4, 8)
-        assert path.read_text(errors="replace").splitlines()[:2] == ["step,rec", "1,2"]
-        assert "9,9" not in path.read_text(errors="replace")
-    except UserError as error:
-        assert str(path) in str(error)
+def test_a_folder_has_one_writing_process(tmp_path):
+    def second_writer():
+        (tmp_path / "line").write_text(user_error(Log, tmp_path / "run" / "metrics.csv", ONE, 0, 8, ""))
+    train_vae.lock(tmp_path / "run")
+    child(second_writer)
+    line = (tmp_path / "line").read_text()
+    assert f"another process is writing into {tmp_path / 'run'}" in line
 
 
-# --- arrays on disk --------------------------------------------------------------------------------------
-ARRAYS = {"latents": ((2, 3), np.float16), "labels": ((), np.int64)}
-ROWS_OF = {"latents": np.arange(66).reshape(11, 2, 3).astype(np.float16), "labels": np.arange(11) * 7}
+# --- chunk files -----------------------------------------------------------------------------------------
+ROWS = np.arange(66).reshape(11, 2, 3).astype(np.float16)
 
 
-def disk(folder, key=None, world=ONE):
-    return DiskArrays(folder, 11, 4, ARRAYS, key or {"seed": 1, "shape": (2, 3)}, world)
-
-
-def fill(arrays, chunks):
-    for start, stop in chunks:
-        arrays.write(start, **{name: rows[start:stop] for name, rows in ROWS_OF.items()})
-
-
-def child(work):
-    """work() in a process of its own, which ends by SIGKILL when work returns."""
-    if os.fork() == 0:
-        try:
-            work()
-        finally:
-            os.kill(os.getpid(), signal.SIGKILL)
-    assert os.waitstatus_to_exitcode(os.wait()[1]) == -signal.SIGKILL
+def chunks(folder, world=ONE, size=4, **about):
+    return Chunks(folder, "latents", 11, size, {"seed": 1, "shape": (2, 3)} | about, world)
 
 
 def complete(folder, world=ONE):
-    """Go on until nothing is missing; the arrays must be whole and alone in the folder."""
-    arrays = disk(folder, world=world)
-    fill(arrays, arrays.missing())
-    assert arrays.missing() == [] and arrays.count() == 11
-    arrays.finish()
-    release(folder)
-    for name, rows in ROWS_OF.items():
-        array = arrays.array(name)
-        assert array.dtype == rows.dtype and np.array_equal(array, rows)
-        assert np.array_equal(np.load(folder / f"{name}.npy"), rows)
-        with pytest.raises(ValueError, match="read-only"):
-            array[0] = 0
-    assert sorted(os.listdir(folder)) == ["labels.npy", "latents.npy"]
+    """Make the chunks that are missing -> {name of a file: its bytes}."""
+    made = chunks(folder, world)
+    for k, rows in made.missing():
+        made.write(k, ROWS[rows.start:rows.stop])
+    assert made.missing() == []
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_arrays_on_disk_go_on_after_a_kill(tmp_path):
-    def begin():
-        arrays = disk(tmp_path)
-        assert arrays.chunks == arrays.missing() == [(0, 4), (4, 8), (8, 11)]
-        fill(arrays, [(4, 8)])
-        arrays.put("latents.npy", arrays.array("latents").offset, b"rubbish")   # half of a chunk, no mark
-    child(begin)
-    arrays = disk(tmp_path)
-    assert arrays.missing() == [(0, 4), (8, 11)] and arrays.count() == 4
-    release(tmp_path)
+def test_chunks_are_whole_or_missing_and_made_again_the_same(tmp_path):
+    def killed():
+        def save(file, rows):
+            file.write(b"half of a chunk")
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        made = chunks(tmp_path)
+        made.write(0, ROWS[0:4])
+        np.save = save
+        made.write(1, ROWS[4:8])
+    child(killed)
+    assert chunks(tmp_path).missing() == [(1, range(4, 8)), (2, range(8, 11))]
+    files = complete(tmp_path)
+    assert files.keys() == {".lock", "latents.json", *(f"latents-0000{k}.npy" for k in range(3))}
+    (tmp_path / "latents-00001.npy").unlink()
+    assert chunks(tmp_path).missing() == [(1, range(4, 8))]
+    assert complete(tmp_path) == files
+    arrays = chunks(tmp_path).arrays()
+    assert np.array_equal(np.concatenate(arrays), ROWS) and arrays[0].dtype == np.float16
+    with pytest.raises(ValueError, match="read-only"):
+        arrays[0][0] = 0
+
+
+def test_two_processes_make_the_files_of_one(tmp_path):
+    first, second = (chunks(tmp_path / "two", process(rank, 2)) for rank in range(2))
+    assert first.missing() == [(0, range(4)), (2, range(8, 11))]
+    assert second.missing() == [(1, range(4, 8))]
+    complete(tmp_path / "two", process(1, 2))
+    assert second.missing() == [] and len(first.missing()) == 2
+    assert complete(tmp_path / "two", process(0, 2)) == complete(tmp_path / "one")
+
+
+def test_chunks_of_other_settings_are_refused(tmp_path):
     complete(tmp_path)
+    line = user_error(chunks, tmp_path, seed=2)
+    assert "seed 1 (now 2)" in line and "shape" not in line and str(tmp_path) in line
+    assert "chunk_size 4 (now 5)" in user_error(chunks, tmp_path, size=5)
+    assert chunks(tmp_path).about() == {"seed": 1, "shape": [2, 3], "n": 11, "chunk_size": 4}
 
 
-def test_a_chunk_is_on_the_disk_before_its_mark(tmp_path, monkeypatch):
-    def fsync(number):
-        flushed.append(number)
-        if arrays.count() > 0:
-            assert all(np.array_equal(arrays.array(name)[4:8], rows[4:8]) for name, rows in ROWS_OF.items())
-            assert len(flushed) > len(ROWS_OF)   # and what they hold was flushed before
-    arrays, flushed = disk(tmp_path), []
-    monkeypatch.setattr(os, "fsync", fsync)
-    fill(arrays, [(4, 8)])
-    assert arrays.count() == 4 and len(flushed) > len(ROWS_OF)
-    release(tmp_path)
-
-
-STEPS = [(train_vae, "write_json"), (train_vae, "atomic_write"), (np.lib.format, "open_memmap"),
-         (os, "posix_fallocate"), (os, "replace"), (os, "fsync"), (os, "open")]
-
-
-@pytest.mark.parametrize("owner, attribute", STEPS)
-@pytest.mark.parametrize("call", [1, 2])
-def test_arrays_on_disk_killed_while_they_are_made(tmp_path, monkeypatch, owner, attribute, call):
-    """Killed at the first or second call of each function that makes the files, before or after it."""
-    real = getattr(owner, attribute)
-    for moment in ("before", "after"):
-        folder, calls = tmp_path / moment, []
-
-        def killed(*args, moment=moment, calls=calls, **kwargs):
-            calls.append(1)
-            if len(calls) == call and moment == "before":
-                os.kill(os.getpid(), signal.SIGKILL)
-            result = real(*args, **kwargs)
-            if len(calls) == call:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return result
-
-        def begin(folder=folder, killed=killed):
-            monkeypatch.setattr(owner, attribute, killed)
-            disk(folder)
-        child(begin)
-        complete(folder)
-
-
-def test_arrays_on_disk_are_shared_by_processes(tmp_path):
-    first, second = (disk(tmp_path, world=process(rank, 2)) for rank in range(2))
-    assert first.missing() == [(0, 4), (8, 11)] and second.missing() == [(4, 8)]
-    fill(second, second.missing())
-    assert first.count() == second.count() == 4 and second.missing() == [] and len(first.missing()) == 2
-    release(tmp_path)
-    complete(tmp_path)
-
-
-def test_arrays_on_disk_refuse_what_is_not_theirs(tmp_path):
-    def second_writer():
-        line = user_error(disk, tmp_path / "a")
-        (tmp_path / "line").write_text(line)
-    disk(tmp_path / "a")
-    child(second_writer)
-    assert str(tmp_path / "a") in (tmp_path / "line").read_text()
-    release(tmp_path)
-    line = user_error(disk, tmp_path / "a", {"seed": 2, "shape": (2, 3)})
-    assert "seed 1 (now 2)" in line and "shape" not in line and str(tmp_path / "a") in line
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "labels.npy").write_bytes(b"mine")
-    assert str(tmp_path / "b" / "labels.npy") in user_error(disk, tmp_path / "b")
-    assert (tmp_path / "b" / "labels.npy").read_bytes() == b"mine"
-    assert not (tmp_path / "b" / "latents.npy").exists()
-    (tmp_path / "c").write_bytes(b"a file")
-    with pytest.raises((UserError, OSError), match="c"):
-        disk(tmp_path / "c")
-
-
-def test_a_full_disk_is_found_out_at_once_and_forgiven(tmp_path, monkeypatch):
-    def full(*args):
-        raise OSError(28, "No space left on device")
-
-    def begin():
-        monkeypatch.setattr(os, "posix_fallocate", full)
-        with pytest.raises((UserError, OSError), match="space"):
-            disk(tmp_path / "arrays")
-        (tmp_path / "found").touch()
-    child(begin)
-    assert (tmp_path / "found").exists()
-    complete(tmp_path / "arrays")
-
-
-# --- .npz ------------------------------------------------------------------------------------------------
-NPZ = {"arr_0": np.arange(60, dtype=np.float32).reshape(3, 4, 5),
-       "turned": np.asfortranarray(np.arange(60).reshape(3, 4, 5)), "bytes": np.arange(7, dtype=np.uint8),
-       "text": np.array("{}"), "none": np.zeros((0, 4), np.uint8)}
-
-
-@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_npz_arrays(tmp_path, save):
-    save(tmp_path / "a.npz", **NPZ)
-    for name, want in NPZ.items():
-        got = train_vae.npz_array(tmp_path / "a.npz", name)
-        assert got.dtype == want.dtype and got.shape == want.shape and np.array_equal(got, want), name
-
-
-@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_damaged_npz_files_are_named(tmp_path, save):
-    """Whatever happens to a file's bytes: the array itself, or one line."""
+def test_npz_files(tmp_path):
     path = tmp_path / "a.npz"
-    save(path, arr_0=NPZ["arr_0"])
-    good, rng = path.read_bytes(), np.random.default_rng(0)
-    damaged = [good[:n] for n in (0, 1, 30, 100, 200, len(good) // 2, len(good) - 1)]
-    for position in {*range(0, len(good), 3), *range(150)}:
-        damaged.append(good[:position] + rng.bytes(2) + good[position + 2:])
-    for content in damaged:
+    np.savez(path, arr_0=ROWS, bytes=np.arange(7))
+    assert np.array_equal(train_vae.open_npz(path)["arr_0"], ROWS)
+    good = path.read_bytes()
+    for content in (good[:0], good[:1], good[:len(good) // 2], b"hello"):
         path.write_bytes(content)
-        try:
-            assert np.array_equal(train_vae.npz_array(path), NPZ["arr_0"])
-        except (UserError, OSError) as error:
-            assert str(path) in str(error) and "\n" not in str(error)
-
-
-def test_npz_files_of_other_things_are_refused(tmp_path):
-    path = tmp_path / "a.npz"
-    np.savez(path, x=np.ones(2), objects=np.array([{}, None], object))
-    for name in ("arr_0", "objects"):
-        assert str(path) in user_error(train_vae.npz_array, path, name)
-    file = io.BytesIO()
-    np.save(file, np.ones(1000))
-    with zipfile.ZipFile(path, "w") as archive:   # its header promises more than it holds
-        archive.writestr("arr_0.npy", file.getvalue()[:-8])
-    assert str(path) in user_error(train_vae.npz_array, path)
-    assert "none.npz" in user_error(train_vae.npz_array, tmp_path / "none.npz")
+        assert f"{path} cannot be read as an .npz" in user_error(train_vae.open_npz, path)
+    assert "none.npz" in user_error(train_vae.open_npz, tmp_path / "none.npz")
