@@ -141,7 +141,8 @@ def test_each_solved_exercise_gets_exactly_its_points(grader, blank):
         keys = [key for key, e in EXERCISES.items() if e.file == file]
         for key in keys:
             folder = grader.folder({file: answered(key, RIGHT_AND_WRONG[key][0], (blank / file).read_text())})
-            scores = {k: grade.grade_one(grader.worker, folder, k).score for k in {key, keys[keys.index(key) - 1]}}
+            pair = {key, keys[keys.index(key) - 1]}
+            scores = {k: grade.grade_one(grader.worker, folder, k).score for k in pair}
             assert scores == {k: EXERCISES[k].total if k == key else 0 for k in scores}
 
 
@@ -419,7 +420,8 @@ def test_handouts_hold_no_solution_of_their_set_or_a_later_one(handouts):
         for line in (HERE / "answers.md").read_text().splitlines():
             assert len(line) < 60 or line.startswith("**Q") or line not in text
         assert text.count("<details>") == TEXTS[s].count("**Hint") and "points:" not in text
-        assert not re.search(r"\{[a-z0-9_]+\}", re.sub(r"\$+[^$]*\$+|`[^`]*`", "", text)), "a number is missing"
+        plain = re.sub(r"\$+[^$]*\$+|`[^`]*`", "", text)
+        assert not re.search(r"\{[a-z0-9_]+\}", plain), "a number is missing"
     with pytest.raises(handout.Refused, match="not empty"):
         handout.handout(handouts / "1", 1)
 
@@ -462,7 +464,8 @@ def test_ruff_finds_nothing_in_handouts(handouts):
         done = run("-m", "ruff", "check", "--isolated", "--line-length", 110, "--extend-select", "E501",
                    *(handouts / str(s)).glob("test_*.py"), *(handouts / str(s)).glob("run_*.py"))
         assert done.returncode == 0, done.stdout
-        done = run("-m", "ruff", "check", "--isolated", "--select", "F", "--ignore", "F401", handouts / str(s))
+        done = run("-m", "ruff", "check", "--isolated", "--select", "F", "--ignore", "F401",
+                   handouts / str(s))
         assert done.returncode == 0, done.stdout
 
 
