@@ -489,6 +489,16 @@ def test_texts_and_checks_agree():
         assert questions(TEXTS[s]) == [q for q in questions(answers) if q[0].startswith(f"{s}.")]
 
 
+def test_the_instructor_s_table_is_the_course():
+    text = (HERE / "instructor.md").read_text()
+    rows = re.findall(r"^\| (\d) .+ \| (\d+), (\d+) \| (\d+), (\d+) \| ([\d.]+) \|$", text, re.MULTILINE)
+    for s, row in zip(SETS, rows, strict=True):
+        asked, found = [n for _, n in questions(TEXTS[s])], of_set(s)
+        hours = (sum(e.minutes for e in found) + 5 * sum(asked)) / 60
+        numbers = s, len(found), sum(e.total for e in found), len(asked), sum(asked), f"{hours:.1f}"
+        assert row == tuple(map(str, numbers))
+
+
 def test_the_readme_s_numbers_are_the_course_s():
     """The README is checked once it describes this course; its draft is checked until then."""
     text = (ROOT / "README.md").read_text()

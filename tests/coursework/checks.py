@@ -7,7 +7,7 @@ A check is a function below @check. It builds inputs, asks the student's code ON
         values(vf_loss.marginal_cosine_loss, slow_eq2, (z, f), "mean over images and positions")
 
 The grader runs every check twice. In the student's process, which holds neither expected values nor slow_
-functions, the check ends where the answer is there. In the grader's process the same check gets this answer
+functions, the check ends where the answer is there. In the judge's process the same check gets this answer
 back from student(), without running the student's code, and compares. So nothing that a student's code
 does to its own process can change a mark; it can only give another answer.
 
@@ -35,7 +35,7 @@ torch, nn, F, np = Lazy("torch"), Lazy("torch.nn"), Lazy("torch.nn.functional"),
 vae, vf_loss, dit, train_vae = Lazy("vae"), Lazy("vf_loss"), Lazy("dit"), Lazy("train_vae")
 train_dit, sample, fid = Lazy("train_dit"), Lazy("sample"), Lazy("fid")
 CHECKS = {}        # key -> [(title, public, function)], in the order of the file
-RECORD = []        # in the grader's process: the answer that student() is to return
+RECORD = []        # in the judge's process: the answer that student() is to return
 
 
 class Wrong(AssertionError):

@@ -1,9 +1,7 @@
-"""Marks: runs students' code in worker.py's process and compares its answers here, in the grader's own."""
+"""Marks: students' code runs in forks of worker.py's process, judge.py's compares what it answers."""
 import ast
 import base64
 import csv
-import gc
-import importlib
 import json
 import marshal
 import os
@@ -20,8 +18,6 @@ from pathlib import Path
 from course import EXERCISES, HERE, ROOT, SCRIPTS
 from handout import Refused, stubbed
 from worker import find
-
-LOCK = threading.Lock()    # one comparison at a time: torch's seed and the recorded answer are shared
 
 
 # === The asking half of the checks ======================================================================
@@ -98,16 +94,24 @@ class Worker:
 
     def __init__(self):
         self.process, self.folder = None, tempfile.TemporaryDirectory(prefix="coursework-")
+        self.questions = self.verdicts = None    # of the judge
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        if self.process:
-            self.process.stdin.close()
-            self.process.wait()
-            self.process.stdout.close()
+        self.stop()
         self.folder.cleanup()
+
+    def stop(self):
+        if self.process:
+            for file in (self.questions, self.verdicts, self.process.stdin, self.process.stdout):
+                try:
+                    file.close()
+                except BrokenPipeError:
+                    pass
+            self.process.wait()
+        self.process = None
 
     def start(self):
         env = {k: v for k, v in os.environ.items() if k not in ("PWD", "OLDPWD")} | {
@@ -118,20 +122,26 @@ class Worker:
         }
         path = Path(self.folder.name, "worker.py")
         path.write_text((HERE / "worker.py").read_text())
+        (asked, ask), (hear, said) = os.pipe(), os.pipe()
         self.process = subprocess.Popen(
-            [sys.executable, path.name],
-            stdin=subprocess.PIPE,
-            cwd=self.folder.name,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=env,
-        )
-        self.process.stdin.write(json.dumps(packages()) + "\n")
+            [sys.executable, path.name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env,
+            cwd=self.folder.name, pass_fds=(asked, said))
+        for pipe in (asked, said):
+            os.close(pipe)
+        self.questions, self.verdicts = os.fdopen(ask, "w"), os.fdopen(hear)
+        self.process.stdin.write(json.dumps({"packages": packages(), "pipes": [asked, said],
+                                             "folders": [str(HERE), str(ROOT)]}) + "\n")
         self.process.stdin.flush()
         ready = json.loads(self.process.stdout.readline() or '{"missing": "torch"}')
         if ready["missing"]:
             raise Refused(f"grading needs the package {ready['missing']}, and nothing was graded: "
                           f"{sys.executable} -m pip install -r {ROOT / 'requirements.txt'}")
+
+    def compare(self, exercise, index, answer):
+        """The judge's verdict about an answer: None, or what is wrong."""
+        self.questions.write(json.dumps([exercise.key, exercise.set, index, answer]) + "\n")
+        self.questions.flush()
+        return json.loads(self.verdicts.readline() or '"the grader failed in this check"')
 
     def ask(self, job):
         """[messages, end]; a worker that was killed, perhaps by the job before, is started again once."""
@@ -146,8 +156,7 @@ class Worker:
                 line = ""
             if line:
                 return json.loads(line)
-            self.process.wait()
-            self.process = None
+            self.stop()
         return [], "the grader's worker was killed in this exercise"
 
 
@@ -172,33 +181,7 @@ class Mark:
         return self.note or (failed[0] if failed else "")
 
 
-def compare(function, answer):
-    """None if the check passes with this answer, else why not, in one sentence."""
-    import checks
-    import torch
-    with LOCK:
-        checks.RECORD[:] = [checks.decode(answer)]
-        torch.manual_seed(0)
-        try:
-            function()
-        except checks.Wrong as error:
-            return str(error)
-        except (
-            TypeError,
-            ValueError,
-            KeyError,
-            IndexError,
-            AttributeError,
-            RuntimeError,
-            ArithmeticError,
-        ) as error:
-            return f"the answer has another form than the text says ({type(error).__name__}: {error})"
-        finally:
-            checks.RECORD.clear()
-    return None
-
-
-def judge(exercise, messages, end, timeout):
+def judge(worker, exercise, messages, end, timeout):
     note, look, found, started, done = None, [], {}, -1, False
     for m in messages:
         note, started, done = m.get("note", note), m.get("started", started), done or "done" in m
@@ -220,7 +203,7 @@ def judge(exercise, messages, end, timeout):
             after = late if i == started else "not run: an earlier check ended the process"
             results.append(note or after)
         elif "answer" in m:
-            results.append(compare(c.function, m["answer"]))
+            results.append(worker.compare(exercise, i, m["answer"]))
         else:
             results.append(m.get("message") or "no answer")
     return note, results, look
@@ -262,7 +245,7 @@ def grade_one(worker, folder, key, timeout=60.0):
     source, missing = read_submission(folder, e.file)
     if missing:
         return Mark(e, missing, [missing] * len(e.points), [])
-    note, results, look = judge(e, *worker.ask(job_of(key, source, timeout)), timeout)
+    note, results, look = judge(worker, e, *worker.ask(job_of(key, source, timeout)), timeout)
     mark = Mark(e, note, results, look, time.monotonic() - start)
     if mark.score == e.total and copied(source, e):
         look.append("the published solution, word for word")
@@ -271,8 +254,6 @@ def grade_one(worker, folder, key, timeout=60.0):
 
 def grade(folders, keys, timeout=60.0, jobs=2, report=None):
     """{folder: [Mark, ...]}, by `jobs` processes; report(folder, marks) is called as each folder is done."""
-    sys.path[:0] = [str(ROOT)] if str(ROOT) not in sys.path else []
-    importlib.import_module("torch").set_num_threads(1)    # small tensors: a second thread only waits
     todo, marks = queue.Queue(), {folder: dict.fromkeys(keys) for folder in folders}
     for folder in folders:
         for key in keys:
@@ -301,7 +282,6 @@ def grade(folders, keys, timeout=60.0, jobs=2, report=None):
         thread.join()
     if trouble:
         raise trouble[0]
-    gc.collect()
     return {folder: list(found.values()) for folder, found in marks.items()}
 
 

@@ -151,5 +151,6 @@ def handout(folder, number):
     (folder / "ASSIGNMENT.md").write_text(assignment(number))
     (folder / "requirements.txt").write_text((ROOT / "requirements.txt").read_text() + "pytest\nmatplotlib\n")
     (folder / f"test_set{number}.py").write_text(public_tests(of_set(number)))
-    for path in HERE.glob(f"run_set{number}.py"):
+    extra = [HERE / "experiments.md"] if number == SETS[-1] else []
+    for path in [*HERE.glob(f"run_set{number}*.py"), *extra]:
         shutil.copy(path, folder)

@@ -442,23 +442,24 @@ def make_block(width=8, heads=2, ratio=2.0, norm=False, swiglu=True, rms=True):
     return dit.Block(width, heads, ratio, norm, swiglu, rms)
 
 
-class Give(nn.Module):
-    """A network part that adds a number to what it gets, times a factor, and notes all arguments."""
+def give(factor, value):
+    """A network part that gives a multiple of its input plus a number, and notes all arguments."""
+    class Give(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.seen = []
 
-    def __init__(self, factor, value):
-        super().__init__()
-        self.factor, self.value, self.seen = factor, value, []
-
-    def forward(self, x, rope=None):
-        self.seen.append((x.detach(), rope))
-        return self.factor * x + self.value
+        def forward(self, x, rope=None):
+            self.seen.append((x.detach(), rope))
+            return factor * x + value
+    return Give()
 
 
 def staged_block(parts, rope="rope"):
-    """A block whose norms do nothing, whose branches are Give, and whose six parts are these numbers."""
+    """A block whose norms do nothing, whose branches are give(), and whose six parts are these numbers."""
     block = make_block()
     block.norm1 = block.norm2 = nn.Identity()
-    block.attn, block.mlp = Give(1.0, 2.0), Give(3.0, 10.0)
+    block.attn, block.mlp = give(1.0, 2.0), give(3.0, 10.0)
     with torch.no_grad():
         last = block.adaLN_modulation[1]
         last.weight.zero_()

@@ -357,11 +357,13 @@ def supervise(job):
 
 
 def main():
-    """Read jobs, a JSON line each, write [messages, end]. The first line names the packages to load."""
+    """Read jobs, a JSON line each, write [messages, end]. The first line names the packages to load, and the
+    pipes and folders of the judge, which is forked off here."""
     reply = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     sys.path[:] = [p for p in sys.path if p and not Path(p, "vf_loss.py").exists()]
-    for name in json.loads(sys.stdin.readline()):
+    first = json.loads(sys.stdin.readline())
+    for name in first["packages"]:
         try:
             importlib.import_module(name)
         except ModuleNotFoundError as error:
@@ -370,6 +372,15 @@ def main():
     import torch
     torch.set_num_threads(1)   # no threads: they would not live through a fork
     gc.freeze()   # what is there now need not be looked at, and so not copied, in each fork
+    if os.fork() == 0:
+        path = Path(first["folders"][0], "judge.py")
+        spec = importlib.util.spec_from_file_location("judge", path)
+        judge = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(judge)
+        judge.serve(*first["pipes"], first["folders"])
+    for pipe in first["pipes"]:
+        os.close(pipe)
+    first.clear()
     print(json.dumps({"missing": None}), file=reply, flush=True)
     key, tree = None, None
     for line in sys.stdin:
