@@ -415,7 +415,8 @@ def test_handouts_hold_no_solution_of_their_set_or_a_later_one(handouts):
                 places = worker.find(given[e.file], name), worker.find(ours[e.file], name)
                 node, reference = (body[i] for body, i in places)
                 assert worker.is_stub(node) == (e.set >= s), (s, name)
-                assert ast.get_docstring(node) == ast.get_docstring(reference)
+                short, whole = (" ".join((ast.get_docstring(n) or "").split()) for n in (node, reference))
+                assert whole == short if e.set < s else whole.startswith(short)
         text = (handouts / str(s) / "ASSIGNMENT.md").read_text()
         for line in (HERE / "answers.md").read_text().splitlines():
             assert len(line) < 60 or line.startswith("**Q") or line not in text

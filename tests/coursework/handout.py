@@ -2,6 +2,7 @@
 import ast
 import re
 import shutil
+import textwrap
 from pathlib import Path
 
 from course import EXERCISES, HERE, NAMES, ROOT, SCRIPTS, SETS, TEXTS, of_set, questions
@@ -29,13 +30,26 @@ def replace_body(source, name, body):
     return "\n".join([*lines[:start], *new, *lines[end:]]) + "\n"
 
 
+def shorten_docstring(source, name):
+    """Source with only the first sentence of this function's docstring: the rest may be a hint."""
+    body, i = find(ast.parse(source), name)
+    text, lines = ast.get_docstring(body[i]), source.splitlines()
+    if not text:
+        return source
+    node, first = body[i].body[0], re.match(r".+?\.(?= [A-Z]|$)|.+", " ".join(text.split()))[0]
+    indent = " " * node.col_offset
+    new = textwrap.wrap(f'"""{first}"""', 106, initial_indent=indent, subsequent_indent=indent,
+                        break_on_hyphens=False)
+    return "\n".join([*lines[:node.lineno - 1], *new, *lines[node.end_lineno:]]) + "\n"
+
+
 def stubbed(file, exercises, source=None):
     """The text of a script without the bodies of these exercises' functions."""
     source = source or (ROOT / file).read_text()
     for e in exercises:
         for name in e.names if e.file == file else ():
             line = f'raise NotImplementedError("exercise {e.number}, {name}: see ASSIGNMENT.md")'
-            source = replace_body(source, name, ["# YOUR CODE HERE", line])
+            source = shorten_docstring(replace_body(source, name, ["# YOUR CODE HERE", line]), name)
     return source
 
 
@@ -100,14 +114,16 @@ look, and formulas that the paper prints are not repeated here.
 
 **What to do.** In the scripts the functions of the table below have lost their bodies: look for `# YOUR
 CODE HERE` with this set's number. Write them; name and arguments stay. You may add imports, functions and
-constants to the same file, and methods to the same class. Changes to other functions do not count. {given}
+constants to the same file, and methods to the same class. Changes to other functions do not count.
+{given}
 
 **How to check.** `pip install -r requirements.txt`, then `python -m pytest` here, or `python -m pytest -k
 eq2` for the exercise of that key. These tests hold worked examples; the grader looks further: other sizes,
 dtypes, gradients, inputs that must stay as they are. Any right solution passes, whatever its form. Each
 exercise is marked with all others right, so a mistake costs once.
 
-**What to hand in.** {files}, your answers to the questions, and the number that "Now run it" asks for.
+**What to hand in.** {files}, your answers to the questions, and the number that "Now run
+it" asks for.
 """
 HINT = re.compile(r"^\*\*Hint (\d)\.\*\* (.+(?:\n(?!\n).+)*)", re.MULTILINE)
 
