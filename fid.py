@@ -119,7 +119,7 @@ def precision_recall(reference, samples, k=3, block=2000):
     block * max(M, N) numbers."""
     reference, samples = torch.as_tensor(reference).double(), torch.as_tensor(samples).double()
 
-    def share(points, centres):
+    def fraction_inside(points, centres):
         # of the k + 1 smallest distances within a set, the first is the feature's distance to itself
         nearest = [torch.cdist(c, centres).topk(k + 1, largest=False).values for c in centres.split(block)]
         radii = torch.cat(nearest)[:, k]  # (number of centres,)
@@ -127,7 +127,7 @@ def precision_recall(reference, samples, k=3, block=2000):
         return torch.cat(inside).double().mean().item()
 
     # precision: share of samples in any ball of a reference; recall: the other way round
-    return share(samples, reference), share(reference, samples)
+    return fraction_inside(samples, reference), fraction_inside(reference, samples)
 
 def compare(ours, reference, prefix=""):
     """The features_of some samples and of a reference -> {prefix + name: value}: FID, sFID, IS, precision and

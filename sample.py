@@ -203,7 +203,7 @@ from tqdm import tqdm
 
 from dit import SIZES, LightningDiT, read_released_dit
 from train_dit import ddpm_velocity, flags_of_run, warn_of_ema
-from train_vae import Chunks, Stop, atomic_write, open_npz, run_script, save_grid, to_float, to_uint8
+from train_vae import ChunkFiles, Stop, atomic_write, open_npz, run_script, save_grid, to_float, to_uint8
 from vae import file_hash, fingerprint, hub_file, load_checkpoint, load_tokenizer, load_weights
 from vae import require_finished, torch_load
 
@@ -289,8 +289,8 @@ def sample_all(system, s, world, identity, path):
         shutil.rmtree(parts, ignore_errors=True)
         for old in [path, *path.parent.glob("samples/" + 6 * "[0-9]" + ".png")]:
             old.unlink(missing_ok=True)
-    chunks = Chunks(parts, "images", s.num, s.batch_size, identity, world)
-    stop, ts, mine, on_gpu = Stop(world, s.fresh), time_grid(s), chunks.missing(), world.device.type == "cuda"
+    files = ChunkFiles(parts, "images", s.num, s.batch_size, identity, world)
+    stop, ts, mine, on_gpu = Stop(world, s.fresh), time_grid(s), files.missing(), world.device.type == "cuda"
 
     def work(chunk):
         k, rows = chunk
@@ -303,7 +303,7 @@ def sample_all(system, s, world, identity, path):
         # The last batch is filled up with samples that are thrown away: another size would be compiled again.
         indices = range(rows[0], rows[0] + min(s.batch_size, s.num))
         images, _ = sample_batch(system, s, indices, ts)
-        chunks.write(k, to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()[:len(rows)])
+        files.write(k, to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()[:len(rows)])
 
     # On a CPU, one batch per core at a time. A GPU does one at a time, and the compiler is not made for
     # threads.
@@ -316,7 +316,7 @@ def sample_all(system, s, world, identity, path):
     if world.rank == 0:
         # An ADM batch: arr_0 uint8 (N, H, W, 3), arr_1 int64 (N,) classes; and meta, a JSON string. Nothing
         # in it depends on when, where or by how many processes it was made.
-        images = np.concatenate(chunks.arrays())
+        images = np.concatenate(files.arrays())
         labels = np.array([class_of(system, s, i) for i in range(s.num)])
         class_picture(images, labels, system.classes, path.with_name("samples.png"))
         atomic_write(path, lambda file: np.savez(file, arr_0=images, arr_1=labels, meta=json.dumps(identity)))

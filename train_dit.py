@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from dit import SIZES, LightningDiT, read_released_dit
-from train_vae import Chunks, Log, Stop, batch_indices, loader, opt, resume, step_generator, to_device
+from train_vae import ChunkFiles, Log, Stop, batch_indices, loader, opt, resume, step_generator, to_device
 from train_vae import to_float
 from vae import SPECS, autocast, load_weights, require
 
@@ -82,7 +82,7 @@ class Settings:
     device: str = opt("auto", choices=("auto", "cuda", "cpu"), same=False)  # auto: CUDA if there is a GPU
     precision: str = opt("auto", choices=("auto", "bf16", "fp32"))  # bf16: autocast; auto: bf16 on CUDA
     compile: bool = opt(torch.cuda.is_available(), same=False)  # torch.compile the blocks
-    accumulate: int = opt(1, same=False)  # split each process's batch into so many parts, to save memory
+    accumulate: int = opt(1, same=False)  # split each process's batch into this many chunks, to save memory
     checkpointing: bool = opt(False, same=False)  # recompute activations: less memory, a third more time
     workers: int = opt(4, same=False)  # loading processes per training process
     log_every: int = opt(100, same=False)  # steps between rows of metrics_dit.csv
@@ -138,16 +138,16 @@ for i, (_, change) in enumerate(LADDER):
 
 # --- Latents [Sec. 5.1] ----------------------------------------------------------------------------
 def extract(s, world, vae, images, about, folder):
-    """Encode the images, plain and flipped, into `folder`. A run that was killed resumes with the chunks that
+    """Encode the images, plain and flipped, into `folder`. A run that was killed resumes with the files that
     are missing. latents-00000.npy and so on: (n, 2, d, h, w) float16, where [i, 0] is plain and [i, 1] is
     flipped. Each is a SAMPLE of the posterior, not its mean, like what the decoder was trained on (authors'
     code). labels.npy: (N,) int64. latents.json: whose latents these are and, once they are all there, their
     statistics. The noise is a function of (seed, batch): neither a kill nor the number of processes changes a
     bit (on a CPU)."""
     about = about | {"seed": s.seed, "extract_batch": s.extract_batch}
-    chunks = Chunks(folder, "latents", len(images), 64 * s.extract_batch, about, world)
+    files = ChunkFiles(folder, "latents", len(images), 64 * s.extract_batch, about, world)
     batches = [(k, rows[i:i + s.extract_batch])
-               for k, rows in chunks.missing() for i in range(0, len(rows), s.extract_batch)]
+               for k, rows in files.missing() for i in range(0, len(rows), s.extract_batch)]
     work = loader(lambda batch: torch.stack([images[i] for i in batch[1]]), batches, s.workers)
     encoded = []
     bar = tqdm(work, f"latents to {folder}", len(batches), disable=world.rank > 0)
@@ -162,14 +162,14 @@ def extract(s, world, vae, images, about, folder):
         # and ImageNet's 2 x 1,281,167 latents of f16d32 take 42 GB instead of 84
         encoded.append(torch.stack(views, dim=1).half().cpu())  # (b, 2, d, h, w)
         require(encoded[-1].isfinite().all(), f"{s.vae} gives latents that are not finite: broken weights")
-        if rows[-1] == chunks.ranges[k][-1]:
-            chunks.write(k, torch.cat(encoded).numpy())
+        if rows[-1] == files.ranges[k][-1]:
+            files.write(k, torch.cat(encoded).numpy())
             encoded = []
     world.barrier()
     if world.rank == 0:
-        mean, std = statistics(chunks.arrays())
+        mean, std = statistics(files.arrays())
         atomic_write(folder / "labels.npy", lambda file: np.save(file, images.labels.numpy()))
-        write_json(folder / "latents.json", chunks.about() | {
+        write_json(folder / "latents.json", files.about() | {
             "classes": images.classes, "data": images.data, "mean": mean.tolist(), "std": std.tolist()})
     world.barrier()
 
@@ -295,7 +295,7 @@ class Run:
                 module.compile()
         self.ddp = world.parallel(self.model)
 
-    def parts(self):
+    def states(self):
         """{name in the checkpoint: module or optimizer}."""
         return {"model": self.model, "ema": self.ema, "optimizer": self.opt}
 
@@ -304,23 +304,23 @@ class Run:
         step of AdamW and of the EMA. Nothing here waits for the GPU."""
         s, terms = self.settings, []
         self.opt.zero_grad()
-        parts = zip(*(v.chunk(s.accumulate) for v in (x1, y, t, x0, drop)))
-        for i, part in enumerate(parts, 1):
-            # Processes exchange gradients only once, with the last part. This is what DDP's no_sync sets.
+        chunks = zip(*(v.chunk(s.accumulate) for v in (x1, y, t, x0, drop)))
+        for i, chunk in enumerate(chunks, 1):
+            # Processes exchange gradients only once, with the last chunk. This is what DDP's no_sync sets.
             self.ddp.require_backward_grad_sync = i == s.accumulate
             with autocast(x1, self.bf16):
                 if s.objective == "flow":
-                    loss, part_terms = flow_matching_loss(self.ddp, *part, s.direction_loss)
+                    loss, chunk_terms = flow_matching_loss(self.ddp, *chunk, s.direction_loss)
                 else:
-                    loss, part_terms = ddpm_loss(self.ddp, *part)
+                    loss, chunk_terms = ddpm_loss(self.ddp, *chunk)
             (loss / s.accumulate).backward()
-            terms.append({name: value.detach() for name, value in part_terms.items()})
+            terms.append({name: value.detach() for name, value in chunk_terms.items()})
         norm = None
         if s.grad_clip or want_norm:  # it reads all gradients, so only where it is used or logged
             norm = torch.nn.utils.clip_grad_norm_(self.params, s.grad_clip or math.inf)
         self.opt.step()
         update_ema(self.averages, self.params, s.ema)
-        return {name: torch.cat([part[name] for part in terms]) for name in terms[0]}, norm
+        return {name: torch.cat([chunk[name] for chunk in terms]) for name in terms[0]}, norm
 
 def draw(s, step, epoch, shape, device):
     """Step, from 0 -> t (B,), noise x0 (B, *shape) and dropped labels (B,) bool of the step's whole batch.
@@ -357,7 +357,7 @@ def train(s, world):
         return world.print(f"{path} is finished ({step} steps). More --steps continue it; --fresh restarts")
     stop, share = Stop(world, s.fresh), world.share(s.batch_size, s.accumulate)
     run = Run(s, architecture(s, shape, len(latents.classes)), world)
-    for name, part in run.parts().items() if state else ():
+    for name, part in run.states().items() if state else ():
         part.load_state_dict(state[name])
     state = None  # its tensors are memory-mapped: let go of the file
     advice = ("start over in another --out with --grad-clip 1, --qknorm or a smaller --lr; what is in "
@@ -369,7 +369,7 @@ def train(s, world):
         # the bins hold what was gathered since the log's last row
         gathered = {"bins": world.mean(bins.clone()).cpu()}
         if world.rank == 0:
-            weights = {name: part.state_dict() for name, part in run.parts().items()}
+            weights = {name: part.state_dict() for name, part in run.states().items()}
             write_checkpoint({"stage": "dit", "step": step, "total_steps": total, "settings": asdict(s),
                               **weights, **facts(s, latents), **gathered}, to)
 

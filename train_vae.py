@@ -289,13 +289,13 @@ class Run:
             for net in others:
                 net.forward = in_chunks(net.forward, s.chunks)
 
-    def parts(self):
+    def states(self):
         """{name in the checkpoint: module or optimizer}."""
         teacher = self.foundation.net if self.settings.vf == "mini" else None
-        parts = {"model": self.tokenizer.vae, "optimizer": self.opt,
-                 "linear_proj": self.tokenizer.linear_proj, "teacher": teacher,
-                 "discriminator": self.disc, "optimizer_disc": self.opt_disc}
-        return {name: part for name, part in parts.items() if part is not None}
+        states = {"model": self.tokenizer.vae, "optimizer": self.opt,
+                  "linear_proj": self.tokenizer.linear_proj, "teacher": teacher,
+                  "discriminator": self.disc, "optimizer_disc": self.opt_disc}
+        return {name: state for name, state in states.items() if state is not None}
 
 def in_chunks(forward, n):
     """A network's forward pass over its batch in n chunks, each computed again in every backward pass through
@@ -332,7 +332,7 @@ def train(s, world):
     def save():
         log.check_weights(run.tokenizer.parameters())
         if world.rank == 0:
-            weights = {name: part.state_dict() for name, part in run.parts().items()}
+            weights = {name: part.state_dict() for name, part in run.states().items()}
             state = {"stage": "vae", "step": step, "total_steps": total, "settings": asdict(s), **weights,
                      "classes": images.classes, "identity": images.identity, "image_size": s.image_size,
                      "data": s.data, "spec": SPECS[s.spec]}
@@ -431,7 +431,7 @@ def make_run(s, images, world, state):
             foundation = load_foundation_model(s.vf, grid, s.vf_input, teacher).to(world.device)
     run = Run(s, world, foundation)
     if state:
-        for name, part in run.parts().items():
+        for name, part in run.states().items():
             part.load_state_dict(state[name])
     elif s.init:
         start_from(s.init, run, world)
@@ -451,8 +451,8 @@ def start_from(path, run, world):
     require(spec == SPECS[run.settings.spec], f"--init {path} holds another tokenizer than --spec "
             f"{run.settings.spec}")
     load_weights(run.tokenizer.vae, weights, path)
-    for name in found.keys() & run.parts().keys():
-        part = run.parts()[name]
+    for name in found.keys() & run.states().keys():
+        part = run.states()[name]
         # W belongs to one foundation model, and for another one it has another shape
         own = {k: v.shape for k, v in part.state_dict().items()}
         fits = own == {k: v.shape for k, v in found[name].items()}
@@ -501,7 +501,7 @@ class Parser(argparse.ArgumentParser):
 # Settings for which 0, or a number above 1, makes no sense. All numbers are finite and not negative.
 POSITIVE = {"batch_size", "lr", "epochs", "chunks", "accumulate", "patch_size", "num", "log_every",
             "save_every"}
-SHARES = {"ema", "beta2", "class_dropout", "cfg_interval_start"}
+FRACTIONS = {"ema", "beta2", "class_dropout", "cfg_interval_start"}
 
 def parse_settings(cls, presets, doc, argv=None):
     """argv -> a Settings: the class's values, overridden by the preset's, overridden by the flags. image_size
@@ -527,7 +527,8 @@ def parse_settings(cls, presets, doc, argv=None):
         name, value = setting.name, getattr(settings, setting.name)
         if type(setting.default) in (int, float):
             possible = 0 <= value < math.inf and (value or name not in POSITIVE)
-            require(possible and (value <= 1 or name not in SHARES), f"{flag(name)} {value} makes no sense")
+            possible = possible and (value <= 1 or name not in FRACTIONS)
+            require(possible, f"{flag(name)} {value} makes no sense")
     settings.out = settings.out or f"runs/{settings.preset}"
     return settings
 
@@ -812,10 +813,10 @@ class Log:
         finite = all(torch.isfinite(weight).all() for weight in weights)
         require(finite, f"a weight is not finite; {self.advice}")
 
-class Chunks:
+class ChunkFiles:
     """Rows 0 to n - 1 of an array that several processes make, `size` rows per file: folder/NAME-00000.npy
-    and so on. Process r of R makes chunks r, r + R, ... A chunk is there whole or not at all, so a run that
-    was killed only makes what is missing. NAME.json says what they are made from: `about`."""
+    and so on. Process r of R makes files r, r + R, ... A file is there whole or not at all, so a run that was
+    killed only makes what is missing. NAME.json says what they are made from: `about`."""
     def __init__(self, folder, name, n, size, about, world):
         self.folder, self.name, self.world = Path(folder), name, world
         self.ranges = [range(start, min(start + size, n)) for start in range(0, n, size)]
@@ -837,7 +838,7 @@ class Chunks:
         return self.folder / f"{self.name}-{k:05d}.npy"
 
     def missing(self):
-        """The chunks (k, range of rows) that this process still has to make."""
+        """The files (k, range of rows) that this process still has to make."""
         mine = range(self.world.rank, len(self.ranges), self.world.size)
         return [(k, self.ranges[k]) for k in mine if not self.path(k).exists()]
 
@@ -845,7 +846,7 @@ class Chunks:
         atomic_write(self.path(k), lambda file: np.save(file, rows))
 
     def arrays(self):
-        """All chunks, memory-mapped."""
+        """The arrays of all files, memory-mapped."""
         return [np.load(self.path(k), mmap_mode="r") for k in range(len(self.ranges))]
 
 # --- Images ----------------------------------------------------------------------------------------

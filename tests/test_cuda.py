@@ -61,7 +61,7 @@ def dit_steps(world, steps=3, state=None, **settings):
     s = train_dit.Settings(batch_size=8, **{"precision": "fp32", "compile": False} | settings)
     run = train_dit.Run(s, ARCH, world)
     awake(run.model)
-    for name, part in run.parts().items() if state else ():
+    for name, part in run.states().items() if state else ():
         part.load_state_dict(state[name])
     shape, share = (4, 4, 4), world.share(8, s.accumulate)
     x1 = torch.randn(8, *shape, generator=torch.Generator().manual_seed(3)).to(world.device)[share]
@@ -121,7 +121,7 @@ def test_compiled_blocks_have_the_same_losses_and_gradients(world, settings):
 
 def test_a_resumed_run_has_the_same_losses(world):
     half, _ = dit_steps(world, 2)
-    state = {name: copy.deepcopy(part.state_dict()) for name, part in half.parts().items()}
+    state = {name: copy.deepcopy(part.state_dict()) for name, part in half.states().items()}
     _, one = dit_steps(world, 1, state)
     _, two = dit_steps(world, 1, state)
     _, other = dit_steps(world, 1)

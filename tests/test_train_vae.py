@@ -19,7 +19,7 @@ from test_vae import full_size
 from torch import nn
 
 import train_vae
-from train_vae import PRESETS, Chunks, Images, Log, Run, Settings, World
+from train_vae import PRESETS, ChunkFiles, Images, Log, Run, Settings, World
 from train_vae import list_folder, loader, make_run, open_image, opt, train_step
 from vae import SPECS, AutoencoderKL, PatchDiscriminator, UserError, torch_load
 
@@ -186,12 +186,12 @@ def test_the_long_recipe_is_a_chain_by_init(tiny, monkeypatch, tmp_path):
     train_vae.train(tiny("--out", tmp_path / "1"), ONE)
     second, state = tiny("--out", tmp_path / "2", "--seed", 5, "--init", paths[0]), torch_load(paths[0])
     run = make_run(second, None, ONE, None)
-    for name, part in run.parts().items():
+    for name, part in run.states().items():
         if name.startswith("optimizer"):
             assert not part.state and state[name]["state"], name
         else:
             assert all(torch.equal(value, state[name][k]) for k, value in part.state_dict().items()), name
-    assert {"model", "linear_proj", "discriminator"} <= run.parts().keys()
+    assert {"model", "linear_proj", "discriminator"} <= run.states().keys()
     train_vae.train(second, ONE)
     state = torch_load(paths[1])
     # a resumed run takes its own weights, not those of --init
@@ -306,9 +306,9 @@ def test_compiled_steps_have_the_same_terms(monkeypatch, precision, backend):
         # one step in bf16, since a fresh GAN soon turns a rounding error into another course
         steps = range(3 if precision == "fp32" else 1)
         found.append([train_step(run, x[:2], noise[:2], step) for step in steps])
-        saved = run.parts()["model"].state_dict()  # torch.compile adds no prefix to what is saved
+        saved = run.states()["model"].state_dict()  # torch.compile adds no prefix to what is saved
         assert saved.keys() == AutoencoderKL(**TINY).state_dict().keys()
-        assert run.parts().keys() == {"model", "linear_proj", "optimizer", "discriminator", "optimizer_disc"}
+        assert run.states().keys() == {"model", "linear_proj", "optimizer", "discriminator", "optimizer_disc"}
     for plain, fast in zip(*found, strict=True):
         for name, value in plain.items():
             assert fast[name].item() == pytest.approx(value.item(), rel=1e-4, abs=1e-5), name
@@ -1051,7 +1051,7 @@ ROWS = np.arange(66).reshape(11, 2, 3).astype(np.float16)
 
 
 def chunks(folder, world=ONE, size=4, **about):
-    return Chunks(folder, "latents", 11, size, {"seed": 1, "shape": (2, 3)} | about, world)
+    return ChunkFiles(folder, "latents", 11, size, {"seed": 1, "shape": (2, 3)} | about, world)
 
 
 def complete(folder, world=ONE):
