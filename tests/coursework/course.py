@@ -1,0 +1,94 @@
+"""The course as data: what the Markdown files and the checks beside them say.
+
+Each set is two files, setN.md and setN.py. The Markdown holds title, text, points, hints, questions and the
+task at the end; an instructor may edit all of it. An exercise begins with three lines of this form:
+
+    ### 2.2 `eq2` The marginal cosine loss
+    core | vf_loss.py: marginal_cosine_loss | [Eq. 2] | 10 minutes | helped by eq1
+    points: worked example 2, any latents 3, gradient 2
+
+The names of the points are the titles of the checks in setN.py. `helped by` may be left out.
+"""
+import importlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+# In the order in which they import each other.
+SCRIPTS = ("vae.py", "vf_loss.py", "dit.py", "train_vae.py", "train_dit.py", "sample.py", "fid.py")
+SETS = (1, 2, 3, 4, 5, 6)
+TIERS = ("warm-up", "core", "design")
+
+
+@dataclass
+class Check:
+    title: str
+    points: int
+    public: bool
+    function: object
+
+
+@dataclass
+class Exercise:
+    number: str      # set.place
+    key: str
+    title: str
+    tier: str
+    file: str
+    names: tuple     # functions, or Class.method
+    paper: str       # where to read
+    minutes: int
+    after: tuple     # keys of exercises that the public tests need, too
+    points: dict     # title of a check -> its points
+    text: str        # Markdown, with hints
+
+    @property
+    def set(self):
+        return int(self.number.split(".")[0])
+
+    @property
+    def total(self):
+        return sum(self.points.values())
+
+    @property
+    def checks(self):
+        """Imports torch's users; the command line lists exercises without."""
+        module = importlib.import_module("checks")
+        importlib.import_module(f"set{self.set}")
+        found = {title: (public, function) for title, public, function in module.CHECKS[self.key]}
+        return [Check(title, points, *found[title]) for title, points in self.points.items()]
+
+
+HEAD = re.compile(r"### (\d\.\d+) `(\w+)` (.+)\n(.+)\npoints: (.+)\n")
+
+
+def read_exercises(text):
+    found, heads = [], list(HEAD.finditer(text))
+    ends = [m.start() for m in re.finditer(r"^##+ ", text, re.MULTILINE)]
+    for m in heads:
+        number, key, title, facts, points = m.groups()
+        tier, place, paper, minutes, *after = [part.strip() for part in facts.split("|")]
+        file, names = place.split(":")
+        end = min([e for e in ends if e > m.start()], default=len(text))
+        points = [part.strip().rpartition(" ") for part in points.split(",")]
+        found.append(Exercise(
+            number, key, title, tier, file, tuple(n.strip() for n in names.split(",")), paper.strip("[]"),
+            int(minutes.split()[0]), tuple(after[0].removeprefix("helped by").replace(",", " ").split())
+            if after else (), {name: int(n) for name, _, n in points}, text[m.end():end].strip()))
+    return found
+
+
+TEXTS = {s: (HERE / f"set{s}.md").read_text() for s in SETS if (HERE / f"set{s}.md").exists()}
+NAMES = {s: text.split("\n", 1)[0].removeprefix("# ").split(": ")[1] for s, text in TEXTS.items()}
+EXERCISES = {e.key: e for text in TEXTS.values() for e in read_exercises(text)}
+
+
+def questions(text):
+    """[(number, points)] of the questions of a set, or of their answers: lines `**Q2.1 (4 points).** ...`."""
+    return [(m[1], int(m[2])) for m in re.finditer(r"^\*\*Q(\d\.\d) \((\d+) points?\)", text, re.MULTILINE)]
+
+
+def of_set(number):
+    return [e for e in EXERCISES.values() if e.set == number]

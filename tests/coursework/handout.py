@@ -1,0 +1,172 @@
+"""A student's folder: the scripts without the functions of this set and all later ones, tests, texts."""
+import ast
+import re
+import shutil
+import textwrap
+from pathlib import Path
+
+from course import EXERCISES, HERE, NAMES, ROOT, SCRIPTS, SETS, TEXTS, of_set, questions
+from worker import find, words
+
+
+class Refused(Exception):
+    """What the command line prints, and stops."""
+
+
+def replace_body(source, name, body):
+    """Source in which the lines of this function after its docstring are these; KeyError if it has none."""
+    found = find(ast.parse(source), name)
+    if found is None:
+        raise KeyError(name)
+    node, lines = found[0][found[1]], source.splitlines()
+    first, indent = node.body[0], " " * (node.col_offset + 4)
+    documented = ast.get_docstring(node, clean=False) is not None
+    start, end = (first.end_lineno if documented else first.lineno - 1), node.end_lineno
+    while lines[start - 1].lstrip().startswith("#"):     # comments above the first statement
+        start -= 1
+    while end < len(lines) and lines[end].startswith(indent + "#"):
+        end += 1
+    new = [indent + line if line else "" for line in body]
+    return "\n".join([*lines[:start], *new, *lines[end:]]) + "\n"
+
+
+def shorten_docstring(source, name):
+    """Source with only the first sentence of this function's docstring: the rest may be a hint."""
+    body, i = find(ast.parse(source), name)
+    text, lines = ast.get_docstring(body[i]), source.splitlines()
+    if not text:
+        return source
+    node, first = body[i].body[0], re.match(r".+?\.(?= [A-Z]|$)|.+", " ".join(text.split()))[0]
+    indent = " " * node.col_offset
+    new = textwrap.wrap(f'"""{first}"""', 106, initial_indent=indent, subsequent_indent=indent,
+                        break_on_hyphens=False)
+    return "\n".join([*lines[:node.lineno - 1], *new, *lines[node.end_lineno:]]) + "\n"
+
+
+def stubbed(file, exercises, source=None):
+    """The text of a script without the bodies of these exercises' functions."""
+    source = source or (ROOT / file).read_text()
+    for e in exercises:
+        for name in e.names if e.file == file else ():
+            line = f'raise NotImplementedError("exercise {e.number}, {name}: see ASSIGNMENT.md")'
+            source = shorten_docstring(replace_body(source, name, ["# YOUR CODE HERE", line]), name)
+    return source
+
+
+# --- The student's own tests ----------------------------------------------------------------------------
+IMPORTS = [  # in the order in which ruff wants them
+    {"math": "import math", "types": "import types"},
+    {"np": "import numpy as np", "torch": "import torch", "F": "import torch.nn.functional as F",
+     "nn": "from torch import nn"},
+    {name[:-3]: f"import {name[:-3]}" for name in sorted(SCRIPTS)}]
+ASK = '''def student(work):
+    """Your answer."""
+    return work()'''
+
+
+def definitions(path):
+    """{name: (tree without decorators, its text)} of the functions, classes and constants of a file."""
+    source, found = path.read_text(), {}
+    lines = source.splitlines()
+    for n in ast.parse(source).body:
+        if isinstance(n, (ast.FunctionDef, ast.ClassDef)):
+            n.decorator_list.clear()
+            found[n.name] = n, "\n".join(lines[n.lineno - 1:n.end_lineno])
+        elif isinstance(n, ast.Assign) and isinstance(n.targets[0], ast.Name):
+            found[n.targets[0].id] = n, "\n".join(lines[n.lineno - 1:n.end_lineno])
+    return found
+
+
+def test_name(exercise, function):
+    """-k KEY runs this exercise's tests alone: the key stands in the name, and no other key does."""
+    return f"test_{exercise.key}__{function.__name__.removeprefix(exercise.key).strip('_')}"
+
+
+def public_tests(exercises):
+    """A pytest file of the public checks of these exercises, with the helpers that they use."""
+    known = definitions(HERE / "checks.py")
+    for number in sorted({e.set for e in exercises}):
+        known |= definitions(HERE / f"set{number}.py")
+    tests = {c.function.__name__: test_name(e, c.function) for e in exercises for c in e.checks if c.public}
+    needed, pending = set(), list(tests)
+    while pending:
+        for word in words(known[pending.pop()][0]) & known.keys() - needed - {"student"}:
+            needed.add(word)
+            pending.append(word)
+    parts, used = [ASK], set()
+    for name, (node, text) in known.items():
+        if name in needed or name in tests:
+            used |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+            parts.append(text.replace(f"def {name}(", f"def {tests.get(name, name)}(", 1))
+    head = [
+        '"""Your own check: python -m pytest -k KEY, keys as in ASSIGNMENT.md. The grader looks further."""'
+    ]
+    groups = ["\n".join(line for name, line in group.items() if name in used) for group in IMPORTS]
+    head.append("\n\n".join(filter(None, groups)))
+    return "\n\n\n".join(["\n".join(head), *parts]) + "\n"
+
+
+# --- The texts ------------------------------------------------------------------------------------------
+RULES = """\
+{exercises} exercises and {questions} questions, {points} points, about {hours:.0f} hours, on the paper
+*Reconstruction vs. Generation* (arXiv 2501.01423). Have it beside you: [Eq. 2] and the like say where to
+look, and formulas that the paper prints are not repeated here.
+
+**What to do.** In the scripts the functions of the table below have lost their bodies: look for `# YOUR
+CODE HERE` with this set's number. Write them; name and arguments stay. You may add imports, functions and
+constants to the same file, and methods to the same class. Changes to other functions do not count.
+{given}
+
+**How to check.** `pip install -r requirements.txt`, then `python -m pytest` here, or `python -m pytest -k
+eq2` for the exercise of that key. These tests hold worked examples; the grader looks further: other sizes,
+dtypes, gradients, inputs that must stay as they are. Any right solution passes, whatever its form. Each
+exercise is marked with all others right, so a mistake costs once.
+
+**What to hand in.** {files}, your answers to the questions, and the number that "Now run
+it" asks for.
+"""
+HINT = re.compile(r"^\*\*Hint (\d)\.\*\* (.+(?:\n(?!\n).+)*)", re.MULTILINE)
+
+
+def assignment(number):
+    """ASSIGNMENT.md of a set."""
+    chosen, text = of_set(number), TEXTS[number]
+    asked = questions(text)
+    points = sum(e.total for e in chosen) + sum(n for _, n in asked)
+    hours = (sum(e.minutes for e in chosen) + 5 * sum(n for _, n in asked)) / 60
+    earlier = ", ".join(f"{s} ({NAMES[s]})" for s in SETS if s < number)
+    given = (f"Solved and given are the functions of set {earlier}; those of later sets are empty, too, and "
+             "nothing here needs them." if earlier else
+             "The functions of later sets are empty, too, and nothing here needs them.")
+    files = ", ".join(f"`{file}`" for file in SCRIPTS if any(e.file == file for e in chosen))
+    rules = RULES.format(exercises=len(chosen), questions=len(asked), points=points, hours=hours, given=given,
+                         files=files)
+    table = ["| | key | tier | function | read | points | minutes |", "|---|---|---|---|---|---|---|"]
+    for e in chosen:
+        names = ", ".join(f"`{n}`" for n in e.names)
+        table.append(
+            f"| {e.number} | {e.key} | {e.tier} | {names} in {e.file} | {e.paper} | {e.total} | {e.minutes} |"
+        )
+    title, _, rest = text.partition("\n")
+    for e in chosen:
+        total = f"**{e.total} points**: " + ", ".join(f"{name} {n}" for name, n in e.points.items())
+        rest = re.sub(rf"(### {re.escape(e.number)} .+\n)(.+)\npoints: .+\n",
+                      lambda m, total=total: f"{m[1]}\n{m[2]}\n\n{total}\n", rest)
+    rest = HINT.sub(r"<details><summary>Hint \1</summary>\n\n\2\n\n</details>", rest)
+    return "\n".join([title, "", rules, *table]) + "\n" + rest
+
+
+def handout(folder, number):
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise Refused(f"{folder} is not empty: name a new folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    empty = [e for e in EXERCISES.values() if e.set >= number]
+    for file in SCRIPTS:
+        (folder / file).write_text(stubbed(file, empty))
+    (folder / "ASSIGNMENT.md").write_text(assignment(number))
+    (folder / "requirements.txt").write_text((ROOT / "requirements.txt").read_text() + "pytest\nmatplotlib\n")
+    (folder / f"test_set{number}.py").write_text(public_tests(of_set(number)))
+    extra = [HERE / "experiments.md"] if number == SETS[-1] else []
+    for path in [*HERE.glob(f"run_set{number}*.py"), *extra]:
+        shutil.copy(path, folder)
