@@ -115,7 +115,7 @@ def test_presets_and_flags_that_the_texts_name_exist():
     torchrun = {"--nnodes", "--nproc_per_node", "--rdzv_backend", "--rdzv_endpoint", "--ntasks-per-node"}
     # of tests/coursework, tests/claims, tests/bench.py, Slurm, docker and the scripts' parser
     others = torchrun | {"--signal", "--help", "--set", "--csv", "--show", "--table", "--seconds", "--ipc",
-                         "--shm-size", "--network", "--rm", "--jobs", "--report"}
+                         "--shm-size", "--network", "--rm", "--jobs", "--report", "--study", "--no-compile"}
     assert text <= flags | others, text - flags - others
 
 
