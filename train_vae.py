@@ -1000,9 +1000,6 @@ def torchvision_set(data, split):
     raise UserError(f"--data {data} is not in ./data and cannot be downloaded ({reason})")
 
 LAYOUT = "images are expected in DIR/<class>/*.jpg, or in DIR/train/<class>/*.jpg and DIR/val/<class>/*.jpg"
-TRAIN = ("train", "training", "train_set", "training_set")
-TEST = ("val", "valid", "validation", "val_set", "validation_set", "test", "testing", "test_set",
-        "testing_set")
 
 def subfolders(folder):
     """Folders in a folder, by name; not hidden ones and those of archives and servers."""
@@ -1020,14 +1017,18 @@ def picture_files(folder):
 
 def find_splits(folder):
     """DIR -> the folder with the classes of the training images, and that of the test images or None.
-    DIR is split if it has a training and a test folder (names in TRAIN and TEST, in any case), or a training
-    folder and no other. Otherwise its folders are classes, one of which may be called train."""
-    names = {path.name.lower(): path for path in subfolders(folder)}
-    train = next((names[name] for name in TRAIN if name in names), None)
-    test = next((names[name] for name in TEST if name in names), None)
-    if train and (test or len(names) == 1):
-        return train, test
-    return folder, None
+    DIR is split if two names differ only in a word for training and one for test (train and Val, seg_train
+    and seg_test; digits, signs and "set" do not count), or if there is a training folder and no other.
+    Otherwise its folders are classes, one of which may be called train."""
+    places = subfolders(folder)
+    names = {re.sub("[^a-z]|set", "", path.name.lower()): path for path in reversed(places)}
+    train = {re.sub("training|train", "*", name, count=1): path for name, path in names.items()}
+    for words in ("validation|valid|val", "testing|test"):
+        for name, path in names.items():
+            rest = re.sub(words, "*", name, count=1)
+            if "*" in rest and rest in train:
+                return train[rest], path
+    return (train["*"], None) if "*" in train and len(places) == 1 else (folder, None)
 
 def list_folder(folder, split):
     """A folder -> ([(file, label)], classes), with the classes of the training images for both splits. A
@@ -1038,7 +1039,8 @@ def list_folder(folder, split):
     require(classes, f"{train} has no class folders: {LAYOUT}")
     root = test if test and split == "test" else train
     unknown = sorted({path.name for path in subfolders(root)} - set(classes))
-    require(not unknown, f"{root} has classes that {train} lacks: {', '.join(unknown[:3])}")
+    alone = f"{LAYOUT}. With --data {train}, every tenth image of that folder is a test image"
+    require(not unknown, f"{root} has classes that {train} lacks ({', '.join(unknown[:3])}); {alone}")
     files = {name: picture_files(root / name) if (root / name).is_dir() else [] for name in classes}
     filled = [name for name in classes if files[name]]
     if len(filled) == 1 and root == train:  # one class, or folders around the classes?
@@ -1051,8 +1053,8 @@ def list_folder(folder, split):
     pairs = [(path, label) for label, name in enumerate(classes) for path in files[name]]
     if not test:
         pairs = [pair for i, pair in enumerate(pairs) if (i % 10 == 9) == (split == "test")]
-    lack = "no images in class folders" if test else "too few images to split (10 or more)"
-    require(pairs, f"{root} has {lack}: {LAYOUT}")
+    lack = f"no images in class folders: {alone}" if test else f"too few images (10 or more): {LAYOUT}"
+    require(pairs, f"{root} has {lack}")
     return pairs, classes
 
 @lru_cache(maxsize=2)
