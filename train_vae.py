@@ -968,6 +968,7 @@ class Images:
 
 # Formats that people use. PostScript and others that run programs are not among them, whatever a file's name.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO", "TGA")
+SUFFIXES = (*IMG_EXTENSIONS, ".gif", ".avif", ".jfif", ".jp2")  # torchvision's and more
 
 def open_image(path):
     """A file -> an RGB PIL image; of several frames the first. Transparency is dropped and EXIF's orientation
@@ -1001,17 +1002,19 @@ def torchvision_set(data, split):
 
 LAYOUT = "images are expected in DIR/<class>/*.jpg, or in DIR/train/<class>/*.jpg and DIR/val/<class>/*.jpg"
 
+SYSTEM = ("__MACOSX", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found")
+
 def subfolders(folder):
-    """Folders in a folder, by name; not hidden ones and those of archives and servers."""
+    """Folders in a folder, by name; not hidden ones and those of archives, servers and systems."""
     return sorted(path for path in folder.iterdir()
-                  if path.is_dir() and not path.name.startswith((".", "@")) and path.name != "__MACOSX")
+                  if path.is_dir() and not path.name.startswith((".", "@")) and path.name not in SYSTEM)
 
 def picture_files(folder):
     """All picture files below a folder, by path; not hidden ones."""
     found, places = [], [folder]
-    for place in places:
-        places += [path for path in subfolders(place) if not path.is_symlink()]  # it may lead back here
-        found += [path for path in place.iterdir() if path.suffix.lower() in IMG_EXTENSIONS
+    for place in places:  # a link may lead back
+        places += [path for path in subfolders(place) if not place.resolve().is_relative_to(path.resolve())]
+        found += [path for path in place.iterdir() if path.suffix.lower() in SUFFIXES
                   and not path.name.startswith(".") and path.is_file()]
     return sorted(found)
 
@@ -1048,6 +1051,8 @@ def list_folder(folder, split):
         around = Path(os.path.commonpath(places))
         require(around in places, f"all pictures of {train} are in folders inside {around}: name that with "
                 "--data")
+    require(len(classes) == 1 or "images" not in map(str.lower, filled),
+            f"the folder called images in {train} is no class beside others: name it with --data")
     empty = sorted(set(classes) - set(filled)) if root == train else []
     require(not empty, f"the class folder {train / (empty or [''])[0]} has no images: {LAYOUT}")
     pairs = [(path, label) for label, name in enumerate(classes) for path in files[name]]

@@ -570,6 +570,22 @@ def test_a_folder_around_the_classes_is_refused_by_name(tmp_path, files, named):
     assert f"are in folders inside {root / named}: name that with --data" in line, line
 
 
+@pytest.mark.parametrize("files", [
+    ["10 images", "10 annotations/trimaps"],  # Oxford-IIIT Pet: the masks would be a class
+    ["5 images/001.Crow", "5 images/002.Jay", "5 segmentations/001.Crow"],
+    ["10 train/Images", "10 train/masks"]])
+def test_a_folder_of_images_beside_their_masks_is_refused_by_name(tmp_path, files):
+    line = user_error(list_folder, layout(tmp_path, *files), "train")
+    assert "the folder called images in" in line and line.endswith("name it with --data"), line
+
+
+@pytest.mark.parametrize("suffix", ["gif", "avif", "jfif", "jp2", "JPG", "webp", "tif"])
+def test_a_picture_is_listed_whatever_its_suffix(tmp_path, suffix):
+    for name in "ab":
+        (layout(tmp_path, f"10 {name}") / name / "010.jpg").with_suffix(f".{suffix}").touch()
+    assert listed(tmp_path, "train") == {"a": 10, "b": 10}
+
+
 def test_one_class_may_have_folders_of_its_own(tmp_path):
     assert listed(layout(tmp_path / "a", "20 cats/new"), "train") == {"cats": 18}
     assert listed(layout(tmp_path / "b", "10 cats", "10 cats/new", "10 cats/old"), "train") == {"cats": 27}
@@ -593,11 +609,17 @@ def test_hidden_files_and_what_archives_and_servers_leave_behind_are_no_images(t
     want = listed(root, "train"), listed(root, "test")
     layout(root, "5 .hidden", "5 __MACOSX/a", "5 @eaDir/b", "5 .ipynb_checkpoints", "a/._000.jpg",
            "5 a/.ipynb_checkpoints", "5 a/@eaDir", "5 b/__MACOSX", "a/notes.txt", "b/Thumbs.db", "c.jpg")
+    layout(root, "#recycle/a.ini", "$RECYCLE.BIN/desktop.ini", "__MACOSX/b.jpg")
+    (root / "lost+found").mkdir()
     (root / "b" / "000b.jpg").mkdir()  # a folder with the name of a picture
     (root / "a" / "again").symlink_to(root / "a")  # would give a's images twice, to train and to test
     assert (listed(root, "train"), listed(root, "test")) == want == ({"a": 19, "b": 9}, {"a": 2, "b": 1})
-    (root / "c").symlink_to(layout(tmp_path / "elsewhere", "10 c") / "c")  # a class that is a link
-    assert listed(root, "train")["c"] == 9
+    elsewhere = layout(tmp_path / "elsewhere", "10 c", "10 d")
+    (root / "c").symlink_to(elsewhere / "c")  # a class that is a link
+    (root / "d").mkdir()
+    (root / "d" / "2024").symlink_to(elsewhere / "d")  # and one that holds one
+    assert listed(root, "train")["c"] == listed(root, "train")["d"] == 9
+    assert len(train_vae.picture_files(root)) == 52  # as for fid.py, which takes c.jpg, too
     assert "is neither a folder nor shapes" in user_error(list_folder, Path("nowhere"), "train")
 
 
