@@ -654,6 +654,18 @@ def test_two_folders_are_scored_without_a_run_and_never_touch_the_scores_of_one(
     assert {k: v for k, v in tree(here).items() if k in before} == before
 
 
+def test_samples_are_compared_with_the_images_of_their_lightningdit_not_of_the_tokenizer(here):
+    """Other images of another size: ScoreNet, reference, real images and class accuracy are all of those."""
+    photos(here / "flowers", ("lily", "rose"), n=10, size=(34, 32))
+    run(f"{NEW_DIT} --data flowers --image-size 32 --latents new/latents", here)
+    run(NEW_SAMPLE.replace("--dit run", "--dit new"), here)
+    out = run(f"{FID} --out new --vae run/vae.pt", here).out
+    assert "ScoreNet, 5 steps on flowers train 32x32" in out and "photos" not in out.partition("samples:")[0]
+    assert "| new/samples.npz | flowers train 32x32 (18 images) |" in out
+    out = run(f"{FID} --samples new", here).out  # in the folder of the other run
+    assert "| new/samples.npz | flowers train 32x32 (18 images) |" in out
+
+
 # --- mistakes that people make -----------------------------------------------------------------------------
 def offline():
     """No network: every download ends at once in URLError."""
