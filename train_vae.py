@@ -556,6 +556,8 @@ def run_script(cls, presets, doc, work):
     finally:
         for process in active_children():  # loading processes ignore signals
             process.kill()
+        while LOCKS:  # the process of a notebook goes on
+            os.close(LOCKS.pop())
     if dist.is_initialized():
         # Leave at once: other processes may wait for this one in a collective, and it for them at the exit.
         sys.stdout.flush()
@@ -744,12 +746,15 @@ def open_npz(path):
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} cannot be read as an .npz: {error}") from error
 
+LOCKS = []  # open files of lock()
+
 def lock(folder):
-    """Make this process the only one that writes into the folder, until it ends."""
+    """Make this process the only one that writes into the folder, until the script ends."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    file = os.open(Path(folder, ".lock"), os.O_CREAT | os.O_RDWR)
+    # loading processes do not inherit this lock, unlike flock's
+    LOCKS.append(os.open(Path(folder, ".lock"), os.O_CREAT | os.O_RDWR))
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # loading processes do not inherit it, unlike flock
+        fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         raise UserError(f"another process is writing into {folder}: wait for it, or use another folder")
     except OSError as error:  # Lustre and NFS may have none

@@ -939,7 +939,9 @@ def test_a_notebook_runs_train_vae_and_loads_encodes_decodes_and_samples(here):
     from nbclient import NotebookClient
     train = VAE.replace("train_vae.py", f"%run {ROOT}/train_vae.py").replace("--out run", f"--out {here}/nb")
     train = train.replace("--data photos", f"--data {here}/photos")
-    cells = [nbformat.v4.new_code_cell(text) for text in (train, PYTHON.format(run=here / "run"))]
+    # a shell's command in the next cell finds the folder unlocked
+    longer = f"! {sys.executable} {train.removeprefix('%run ')} --steps 9"
+    cells = [nbformat.v4.new_code_cell(text) for text in (train, PYTHON.format(run=here / "run"), longer)]
     notebook = nbformat.v4.new_notebook(cells=cells)
     client = NotebookClient(notebook, kernel_name="python3", timeout=120 * patience(),
                             startup_timeout=60 * patience(), resources={"metadata": {"path": str(ROOT)}})
@@ -948,3 +950,4 @@ def test_a_notebook_runs_train_vae_and_loads_encodes_decodes_and_samples(here):
             for cell in notebook.cells]
     assert "Next: python train_dit.py" in said[0] and (here / "nb/vae.pt").exists()
     assert said[1].strip() == "(1, 3, 24, 24) (3, 3, 24, 24) True"
+    assert "from step 8" in said[2] and "Next: python train_dit.py" in said[2], said[2]
