@@ -500,7 +500,7 @@ class Parser(argparse.ArgumentParser):
 
 # Settings for which 0, or a number above 1, makes no sense. All numbers are finite and not negative.
 POSITIVE = {"batch_size", "lr", "epochs", "chunks", "accumulate", "patch_size", "num", "log_every",
-            "save_every"}
+            "save_every", "timestep_shift"}
 FRACTIONS = {"ema", "beta2", "class_dropout", "cfg_interval_start"}
 
 def parse_settings(cls, presets, doc, argv=None):
@@ -529,6 +529,9 @@ def parse_settings(cls, presets, doc, argv=None):
             possible = 0 <= value < math.inf and (value or name not in POSITIVE)
             possible = possible and (value <= 1 or name not in FRACTIONS)
             require(possible, f"{flag(name)} {value} makes no sense")
+    given = {word.partition("=")[0] for word in (sys.argv if argv is None else argv)}
+    if "--epochs" in given and "--steps" not in given:  # else a preset's steps would override the flag
+        settings.steps = 0
     settings.out = settings.out or f"runs/{settings.preset}"
     return settings
 

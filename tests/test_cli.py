@@ -752,6 +752,7 @@ MISTAKES = [
     (f"{NEW_DIT} --accumulate 3", None, "--accumulate"),
     (f"{NEW_SAMPLE} --labels 9", None, "--labels 9 2"), (f"{NEW_SAMPLE} --labels cat", None, "--labels cat"),
     (f"{NEW_SAMPLE} --cfg-channels 99", None, "--cfg-channels 99 4"),
+    (f"{NEW_SAMPLE} --timestep-shift 0", None, "--timestep-shift 0"),
     (f"{NEW_SAMPLE} --sampling-steps 1", None, "--sampling-steps"),
     (f"{NEW_SAMPLE} --sweep 1,x", None, "--sweep 1,x"),
     (f"{NEW_SAMPLE} --trajectory 2", None, "--trajectory 2"),

@@ -925,6 +925,14 @@ def test_flags_override_the_preset_and_the_preset_the_defaults():
         parse(cls=Flags, presets={"mini": {"imagesize": 3}})
 
 
+def test_epochs_count_although_the_preset_gives_steps():
+    def steps(*flags):
+        return train_vae.parse_settings(Settings, train_vae.PRESETS, "", flags).steps
+    assert steps() == train_vae.MINI["steps"] > 0
+    assert steps("--epochs", "3") == steps("--epochs=3") == 0
+    assert steps("--epochs", "3", "--steps", "5") == steps("--steps=5", "--epochs=3") == 5
+
+
 @pytest.mark.parametrize("flags", [
     "--imagesize 3", "--image 3", "--image-size 3.5", "--lr fast", "--lr", "--preset tiny", "--vf dino",
     "stray", "--image-size -32", "--lr -0.5", "--lr nan", "--lr inf", "--lr 0", "--ema 1.5", "--no-vf",
