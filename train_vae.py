@@ -723,18 +723,24 @@ def peak_memory(device):
 # --- Files -----------------------------------------------------------------------------------------
 def atomic_write(path, write):
     """Write under a temporary name, flush and rename, so that the path always holds a whole file, the old or
-    the new."""
+    the new. UserError if the disk is full or the folder cannot be written."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        disk = error if isinstance(error, OSError) else error.__context__  # behind torch.save's own error
+        require(not isinstance(disk, OSError), f"cannot write {path} ({disk}): make room, or name another "
+                "--out. What was written before is kept")
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 def write_checkpoint(state, path):
     atomic_write(path, lambda file: torch.save(state, file))
@@ -753,9 +759,12 @@ LOCKS = []  # open files of lock()
 
 def lock(folder):
     """Make this process the only one that writes into the folder, until the script ends."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    # loading processes do not inherit this lock, unlike flock's
-    LOCKS.append(os.open(Path(folder, ".lock"), os.O_CREAT | os.O_RDWR))
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        # loading processes do not inherit this lock, unlike flock's
+        LOCKS.append(os.open(Path(folder, ".lock"), os.O_CREAT | os.O_RDWR))
+    except OSError as error:
+        raise UserError(f"cannot write into {folder} ({error.strerror}): name another --out or --latents")
     try:
         fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):

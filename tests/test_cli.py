@@ -10,6 +10,7 @@ import json
 import os
 import random
 import re
+import resource
 import runpy
 import shlex
 import shutil
@@ -445,6 +446,19 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
             assert all(torch.isfinite(value).all() for value in weights.values())
 
 
+@pytest.mark.parametrize("command, file", [
+    (f"{VAE} --steps 12", "run/vae.pt"), (f"{DIT} --steps 12", "run/dit.pt"),
+    (f"{SAMPLE} --num 400 --batch-size 400 --fresh", "run/samples_parts/images-00000.npy")])
+def test_a_full_disk_ends_in_one_line_and_the_run_resumes_when_there_is_room(here, command, file):
+    """A limit of the size of a file stands for the disk: it, too, is noticed in the middle of a write."""
+    before = tree(here)
+    end = run(command, here, status=1,
+              inside=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)))
+    assert len(end.lines) == 1 and f"cannot write {file}" in end.lines[0] and "make room" in end.lines[0]
+    assert tree(here).get(file) == before.get(file) and not list(here.rglob(".*.tmp"))
+    run(command.replace(" --fresh", ""), here)
+
+
 # --- every way out with loading processes -----------------------------------------------------------------
 WORKING = {
     "tokenizer": (f"{VAE} --out new --vf none --steps 100000", "new/metrics_vae.csv"),
@@ -756,6 +770,13 @@ MISTAKES = [
     (f"{NEW_SAMPLE} --sampling-steps 1", None, "--sampling-steps"),
     (f"{NEW_SAMPLE} --sweep 1,x", None, "--sweep 1,x"),
     (f"{NEW_SAMPLE} --trajectory 2", None, "--trajectory 2"),
+    # --- folders that cannot be written
+    (f"{NEW_VAE} --out photos/ant/00.png", None, "cannot write photos/ant/00.png --out"),
+    (f"{NEW_DIT} --out photos/ant/00.png/dit", None, "cannot write photos/ant/00.png/dit --out"),
+    (f"{NEW_DIT} --latents photos/ant/00.png", None, "cannot write photos/ant/00.png --latents"),
+    (f"{NEW_SAMPLE} --out photos/ant/00.png", None, "cannot write photos/ant/00.png --out"),
+    (f"{FID} --vae run/vae.pt --data photos --out photos/ant/00.png", None,
+     "cannot write photos/ant/00.png --out"),
     # --- images
     (f"{NEW_VAE} --data nowhere", None, "--data nowhere folder cifar10"),
     (f"{NEW_VAE} --data photos/ant/00.png", None, "photos/ant/00.png folder"),
