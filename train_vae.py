@@ -735,8 +735,8 @@ def atomic_write(path, write):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         disk = error if isinstance(error, OSError) else error.__context__  # behind torch.save's own error
-        require(not isinstance(disk, OSError), f"cannot write {path} ({disk}): make room, or name another "
-                "--out. What was written before is kept")
+        require(not isinstance(disk, OSError),
+                f"cannot write {path} ({disk}): make room there, or name another --out")
         raise
     finally:
         with contextlib.suppress(OSError):
@@ -761,12 +761,11 @@ def lock(folder):
     """Make this process the only one that writes into the folder, until the script ends."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        # loading processes do not inherit this lock, unlike flock's
         LOCKS.append(os.open(Path(folder, ".lock"), os.O_CREAT | os.O_RDWR))
     except OSError as error:
         raise UserError(f"cannot write into {folder} ({error.strerror}): name another --out or --latents")
     try:
-        fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)  # loading processes do not inherit it
     except (BlockingIOError, PermissionError):
         raise UserError(f"another process is writing into {folder}: wait for it, or use another folder")
     except OSError as error:  # Lustre and NFS may have none
@@ -1018,7 +1017,6 @@ def torchvision_set(data, split):
     raise UserError(f"--data {data} is not in ./data and cannot be downloaded ({reason})")
 
 LAYOUT = "images are expected in DIR/<class>/*.jpg, or in DIR/train/<class>/*.jpg and DIR/val/<class>/*.jpg"
-
 SYSTEM = ("__MACOSX", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found")
 
 def subfolders(folder):

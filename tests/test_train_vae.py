@@ -1,5 +1,6 @@
 """train_vae.py in this process. The oracles are the paper's rows and numbers, typed by hand, ADM's crop
 written again, and loops in float64; then files, folders, flags and loading processes that go wrong."""
+import errno
 import os
 import signal
 import time
@@ -1039,6 +1040,25 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
     assert path.read_bytes() == b"old" and os.listdir(path.parent) == ["file.bin"]
     write(path, lambda file: file.write(b"new"))
     assert path.read_bytes() == b"new" and os.listdir(path.parent) == ["file.bin"]
+
+
+@pytest.mark.parametrize("behind", [None, RuntimeError("unexpected pos")])  # as torch.save does, or not
+def test_a_full_disk_is_named_and_any_other_error_is_not_taken_for_one(tmp_path, behind):
+    def write(file):
+        file.write(b"x")
+        try:
+            raise OSError(errno.ENOSPC, "No space left")
+        except OSError:
+            if behind:
+                raise behind
+            raise
+    assert "No space left" in user_error(train_vae.atomic_write, tmp_path / "a", write)
+    assert not list(tmp_path.iterdir())
+
+    def mistaken(file):
+        raise RuntimeError("mine")
+    with pytest.raises(RuntimeError, match="mine"):
+        train_vae.atomic_write(tmp_path / "a", mistaken)
 
 
 def test_what_is_not_finite_stops_the_run(tmp_path):
