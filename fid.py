@@ -499,7 +499,9 @@ def open_images(s, run, pair):
     if not s.samples and not Path(s.out, "samples.npz").exists():
         return {}, None
     kinds = {"samples": ImageBatch(s.samples or s.out, s.image_size)}
-    made_by = kinds["samples"].meta.get("tokenizer_fingerprint")
+    made = kinds["samples"].meta  # the images of LightningDiT need not be the tokenizer's
+    s.data, s.image_size = s.data or made.get("data", ""), s.image_size or made.get("image_size", 0)
+    made_by = made.get("tokenizer_fingerprint")
     require(s.samples or made_by in (None, run.get("fingerprint", made_by)),
             f"{kinds['samples'].name} was decoded by another tokenizer than {s.vae}: run train_dit.py and "
             "sample.py again, or name the samples with --samples")

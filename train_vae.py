@@ -501,7 +501,7 @@ class Parser(argparse.ArgumentParser):
 
 # POSITIVE settings must not be 0, FRACTIONS not above 1. All numbers are finite and not negative.
 POSITIVE = {"batch_size", "lr", "epochs", "chunks", "accumulate", "patch_size", "num", "log_every",
-            "save_every"}
+            "save_every", "timestep_shift"}
 FRACTIONS = {"ema", "beta2", "class_dropout", "cfg_interval_start"}
 
 def parse_settings(cls, presets, doc, argv=None):
@@ -530,6 +530,9 @@ def parse_settings(cls, presets, doc, argv=None):
             possible = 0 <= value < math.inf and (value or name not in POSITIVE)
             possible = possible and (value <= 1 or name not in FRACTIONS)
             require(possible, f"{flag(name)} {value} makes no sense")
+    given = {word.partition("=")[0] for word in (sys.argv if argv is None else argv)}
+    if "--epochs" in given and "--steps" not in given:  # else a preset's steps would override the flag
+        settings.steps = 0
     settings.out = settings.out or f"runs/{settings.preset}"
     return settings
 
@@ -557,6 +560,8 @@ def run_script(cls, presets, doc, work):
     finally:
         for process in active_children():  # loading processes ignore signals
             process.kill()
+        while LOCKS:  # the process of a notebook goes on
+            os.close(LOCKS.pop())
     if dist.is_initialized():
         # Leave at once: other processes may wait for this one in a collective, and it for them at the exit.
         sys.stdout.flush()
@@ -720,18 +725,24 @@ def peak_memory(device):
 # --- Files -----------------------------------------------------------------------------------------
 def atomic_write(path, write):
     """Write under a temporary name, flush and rename, so that the path always holds a whole file, the old or
-    the new."""
+    the new. UserError if the disk is full or the folder cannot be written."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        disk = error if isinstance(error, OSError) else error.__context__  # behind torch.save's own error
+        require(not isinstance(disk, OSError),
+                f"cannot write {path} ({disk}): make room there, or name another --out")
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 def write_checkpoint(state, path):
     atomic_write(path, lambda file: torch.save(state, file))
@@ -746,12 +757,17 @@ def open_npz(path):
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} cannot be read as an .npz: {error}") from error
 
+LOCKS = []  # open files of lock()
+
 def lock(folder):
-    """Make this process the only one that writes into the folder, until it ends."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    file = os.open(Path(folder, ".lock"), os.O_CREAT | os.O_RDWR)
+    """Make this process the only one that writes into the folder, until the script ends."""
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # loading processes do not inherit it, unlike flock
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        LOCKS.append(os.open(Path(folder, ".lock"), os.O_CREAT | os.O_RDWR))
+    except OSError as error:
+        raise UserError(f"cannot write into {folder} ({error.strerror}): name another --out or --latents")
+    try:
+        fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)  # loading processes do not inherit it
     except (BlockingIOError, PermissionError):
         raise UserError(f"another process is writing into {folder}: wait for it, or use another folder")
     except OSError as error:  # Lustre and NFS may have none
@@ -970,6 +986,7 @@ class Images:
 
 # Formats that people use. PostScript and others that run programs are not among them, whatever a file's name.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO", "TGA")
+SUFFIXES = (*IMG_EXTENSIONS, ".gif", ".avif", ".jfif", ".jp2")  # torchvision's and more
 
 def open_image(path):
     """A file -> an RGB PIL image; of several frames the first. Transparency is dropped and EXIF's orientation
@@ -1002,34 +1019,36 @@ def torchvision_set(data, split):
     raise UserError(f"--data {data} is not in ./data and cannot be downloaded ({reason})")
 
 LAYOUT = "images are expected in DIR/<class>/*.jpg, or in DIR/train/<class>/*.jpg and DIR/val/<class>/*.jpg"
-TRAIN = ("train", "training", "train_set", "training_set")
-TEST = ("val", "valid", "validation", "val_set", "validation_set", "test", "testing", "test_set",
-        "testing_set")
+SYSTEM = ("__MACOSX", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found")
 
 def subfolders(folder):
-    """Folders in a folder, by name; not hidden ones and those of archives and servers."""
+    """Folders in a folder, by name; not hidden ones and those of archives, servers and systems."""
     return sorted(path for path in folder.iterdir()
-                  if path.is_dir() and not path.name.startswith((".", "@")) and path.name != "__MACOSX")
+                  if path.is_dir() and not path.name.startswith((".", "@")) and path.name not in SYSTEM)
 
 def picture_files(folder):
     """All picture files below a folder, by path; not hidden ones."""
     found, places = [], [folder]
-    for place in places:
-        places += [path for path in subfolders(place) if not path.is_symlink()]  # it may lead back here
-        found += [path for path in place.iterdir() if path.suffix.lower() in IMG_EXTENSIONS
+    for place in places:  # a link may lead back
+        places += [path for path in subfolders(place) if not place.resolve().is_relative_to(path.resolve())]
+        found += [path for path in place.iterdir() if path.suffix.lower() in SUFFIXES
                   and not path.name.startswith(".") and path.is_file()]
     return sorted(found)
 
 def find_splits(folder):
     """DIR -> the folder with the classes of the training images, and that of the test images or None.
-    DIR is split if it has a training and a test folder (names in TRAIN and TEST, in any case), or a training
-    folder and no other. Otherwise its folders are classes, one of which may be called train."""
-    names = {path.name.lower(): path for path in subfolders(folder)}
-    train = next((names[name] for name in TRAIN if name in names), None)
-    test = next((names[name] for name in TEST if name in names), None)
-    if train and (test or len(names) == 1):
-        return train, test
-    return folder, None
+    DIR is split if two names differ only in a word for training and one for test (train and Val, seg_train
+    and seg_test; digits, signs and "set" do not count), or if there is a training folder and no other.
+    Otherwise its folders are classes, one of which may be called train."""
+    places = subfolders(folder)
+    names = {re.sub("[^a-z]|set", "", path.name.lower()): path for path in reversed(places)}
+    train = {re.sub("training|train", "*", name, count=1): path for name, path in names.items()}
+    for words in ("validation|valid|val", "testing|test"):
+        for name, path in names.items():
+            rest = re.sub(words, "*", name, count=1)
+            if "*" in rest and rest in train:
+                return train[rest], path
+    return (train["*"], None) if "*" in train and len(places) == 1 else (folder, None)
 
 def list_folder(folder, split):
     """A folder -> ([(file, label)], classes), with the classes of the training images for both splits. A
@@ -1040,7 +1059,8 @@ def list_folder(folder, split):
     require(classes, f"{train} has no class folders: {LAYOUT}")
     root = test if test and split == "test" else train
     unknown = sorted({path.name for path in subfolders(root)} - set(classes))
-    require(not unknown, f"{root} has classes that {train} lacks: {', '.join(unknown[:3])}")
+    alone = f"{LAYOUT}. With --data {train}, every tenth image of that folder is a test image"
+    require(not unknown, f"{root} has classes that {train} lacks ({', '.join(unknown[:3])}); {alone}")
     files = {name: picture_files(root / name) if (root / name).is_dir() else [] for name in classes}
     filled = [name for name in classes if files[name]]
     if len(filled) == 1 and root == train:  # one class, or folders around the classes?
@@ -1048,13 +1068,15 @@ def list_folder(folder, split):
         around = Path(os.path.commonpath(places))
         require(around in places, f"all pictures of {train} are in folders inside {around}: name that with "
                 "--data")
+    require(len(classes) == 1 or "images" not in map(str.lower, filled),
+            f"the folder called images in {train} is no class beside others: name it with --data")
     empty = sorted(set(classes) - set(filled)) if root == train else []
     require(not empty, f"the class folder {train / (empty or [''])[0]} has no images: {LAYOUT}")
     pairs = [(path, label) for label, name in enumerate(classes) for path in files[name]]
     if not test:
         pairs = [pair for i, pair in enumerate(pairs) if (i % 10 == 9) == (split == "test")]
-    lack = "no images in class folders" if test else "too few images to split (10 or more)"
-    require(pairs, f"{root} has {lack}: {LAYOUT}")
+    lack = f"no images in class folders: {alone}" if test else f"too few images (10 or more): {LAYOUT}"
+    require(pairs, f"{root} has {lack}")
     return pairs, classes
 
 @lru_cache(maxsize=2)

@@ -10,6 +10,7 @@ import json
 import os
 import random
 import re
+import resource
 import runpy
 import shlex
 import shutil
@@ -445,6 +446,19 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
             assert all(torch.isfinite(value).all() for value in weights.values())
 
 
+@pytest.mark.parametrize("command, file", [
+    (f"{VAE} --steps 12", "run/vae.pt"), (f"{DIT} --steps 12", "run/dit.pt"),
+    (f"{SAMPLE} --num 400 --batch-size 400 --fresh", "run/samples_parts/images-00000.npy")])
+def test_a_full_disk_ends_in_one_line_and_the_run_resumes_when_there_is_room(here, command, file):
+    """A limit of the size of a file stands for the disk: it, too, is noticed in the middle of a write."""
+    before = tree(here)
+    end = run(command, here, status=1,
+              inside=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)))
+    assert len(end.lines) == 1 and f"cannot write {file}" in end.lines[0] and "make room" in end.lines[0]
+    assert tree(here).get(file) == before.get(file) and not list(here.rglob(".*.tmp"))
+    run(command.replace(" --fresh", ""), here)
+
+
 # --- every way out with loading processes -----------------------------------------------------------------
 WORKING = {
     "tokenizer": (f"{VAE} --out new --vf none --steps 100000", "new/metrics_vae.csv"),
@@ -654,6 +668,18 @@ def test_two_folders_are_scored_without_a_run_and_never_touch_the_scores_of_one(
     assert {k: v for k, v in tree(here).items() if k in before} == before
 
 
+def test_samples_are_compared_with_the_images_of_their_lightningdit_not_of_the_tokenizer(here):
+    """Other images of another size: ScoreNet, reference, real images and class accuracy are all of those."""
+    photos(here / "flowers", ("lily", "rose"), n=10, size=(34, 32))
+    run(f"{NEW_DIT} --data flowers --image-size 32 --latents new/latents", here)
+    run(NEW_SAMPLE.replace("--dit run", "--dit new"), here)
+    out = run(f"{FID} --out new --vae run/vae.pt", here).out
+    assert "ScoreNet, 5 steps on flowers train 32x32" in out and "photos" not in out.partition("samples:")[0]
+    assert "| new/samples.npz | flowers train 32x32 (18 images) |" in out
+    out = run(f"{FID} --samples new", here).out  # in the folder of the other run
+    assert "| new/samples.npz | flowers train 32x32 (18 images) |" in out
+
+
 # --- mistakes that people make -----------------------------------------------------------------------------
 def offline():
     """No network: every download ends at once in URLError."""
@@ -740,9 +766,17 @@ MISTAKES = [
     (f"{NEW_DIT} --accumulate 3", None, "--accumulate"),
     (f"{NEW_SAMPLE} --labels 9", None, "--labels 9 2"), (f"{NEW_SAMPLE} --labels cat", None, "--labels cat"),
     (f"{NEW_SAMPLE} --cfg-channels 99", None, "--cfg-channels 99 4"),
+    (f"{NEW_SAMPLE} --timestep-shift 0", None, "--timestep-shift 0"),
     (f"{NEW_SAMPLE} --sampling-steps 1", None, "--sampling-steps"),
     (f"{NEW_SAMPLE} --sweep 1,x", None, "--sweep 1,x"),
     (f"{NEW_SAMPLE} --trajectory 2", None, "--trajectory 2"),
+    # --- folders that cannot be written
+    (f"{NEW_VAE} --out photos/ant/00.png", None, "cannot write photos/ant/00.png --out"),
+    (f"{NEW_DIT} --out photos/ant/00.png/dit", None, "cannot write photos/ant/00.png/dit --out"),
+    (f"{NEW_DIT} --latents photos/ant/00.png", None, "cannot write photos/ant/00.png --latents"),
+    (f"{NEW_SAMPLE} --out photos/ant/00.png", None, "cannot write photos/ant/00.png --out"),
+    (f"{FID} --vae run/vae.pt --data photos --out photos/ant/00.png", None,
+     "cannot write photos/ant/00.png --out"),
     # --- images
     (f"{NEW_VAE} --data nowhere", None, "--data nowhere folder cifar10"),
     (f"{NEW_VAE} --data photos/ant/00.png", None, "photos/ant/00.png folder"),
@@ -927,7 +961,9 @@ def test_a_notebook_runs_train_vae_and_loads_encodes_decodes_and_samples(here):
     from nbclient import NotebookClient
     train = VAE.replace("train_vae.py", f"%run {ROOT}/train_vae.py").replace("--out run", f"--out {here}/nb")
     train = train.replace("--data photos", f"--data {here}/photos")
-    cells = [nbformat.v4.new_code_cell(text) for text in (train, PYTHON.format(run=here / "run"))]
+    # a shell's command in the next cell finds the folder unlocked
+    longer = f"! {sys.executable} {train.removeprefix('%run ')} --steps 9"
+    cells = [nbformat.v4.new_code_cell(text) for text in (train, PYTHON.format(run=here / "run"), longer)]
     notebook = nbformat.v4.new_notebook(cells=cells)
     client = NotebookClient(notebook, kernel_name="python3", timeout=120 * patience(),
                             startup_timeout=60 * patience(), resources={"metadata": {"path": str(ROOT)}})
@@ -936,3 +972,4 @@ def test_a_notebook_runs_train_vae_and_loads_encodes_decodes_and_samples(here):
             for cell in notebook.cells]
     assert "Next: python train_dit.py" in said[0] and (here / "nb/vae.pt").exists()
     assert said[1].strip() == "(1, 3, 24, 24) (3, 3, 24, 24) True"
+    assert "from step 8" in said[2] and "Next: python train_dit.py" in said[2], said[2]

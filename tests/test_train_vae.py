@@ -1,5 +1,6 @@
 """train_vae.py in this process. The oracles are the paper's rows and numbers, typed by hand, ADM's crop
 written again, and loops in float64; then files, folders, flags and loading processes that go wrong."""
+import errno
 import os
 import signal
 import time
@@ -532,7 +533,8 @@ def listed(root, split):
 
 @pytest.mark.parametrize("train, test", [
     ("train", "val"), ("Train", "VAL"), ("TRAIN", "Test"), ("training", "validation"), ("train", "valid"),
-    ("training_set", "test_set"), ("Train_Set", "Val_Set"), ("training", "testing")])
+    ("training_set", "test_set"), ("Train_Set", "Val_Set"), ("training", "testing"), ("train2017", "val2017"),
+    ("seg_train", "seg_test"), ("train", "test1")])
 def test_a_folder_with_a_split(tmp_path, train, test):
     """The classes are those of the training images, so one that the test images lack shifts no label."""
     root = layout(tmp_path, f"11 {train}/x", f"2 {train}/xx", f"3 {train}/y", f"2 {test}/x", f"12 {test}/y")
@@ -541,7 +543,7 @@ def test_a_folder_with_a_split(tmp_path, train, test):
     assert listed(root, "test") == {"x": 2, "xx": 0, "y": 12}
     (root / test / "z").mkdir()
     line = user_error(list_folder, root, "test")
-    assert str(root / test) in line and line.endswith("z")
+    assert f"{root / test} has classes" in line and "(z)" in line and f"With --data {root / train}," in line
 
 
 def test_what_is_a_split_and_what_is_a_class(tmp_path):
@@ -551,6 +553,8 @@ def test_what_is_a_split_and_what_is_a_class(tmp_path):
     assert listed(both, "train") == {"a": 5} and listed(both, "test") == {"a": 4}
     vehicles = layout(tmp_path / "vehicles", "10 bus", "10 car", "10 train")
     assert listed(vehicles, "train") == {"bus": 9, "car": 9, "train": 9}
+    names = layout(tmp_path / "names", "10 bullet_train", "10 test_tube", "10 valley", "10 train2")
+    assert len(listed(names, "train")) == 4
     deep = layout(tmp_path / "deep", "10 a/2019", "10 a/2020/may", "10 b")
     assert listed(deep, "train") == {"a": 18, "b": 9}
 
@@ -567,6 +571,22 @@ def test_a_folder_around_the_classes_is_refused_by_name(tmp_path, files, named):
     assert f"are in folders inside {root / named}: name that with --data" in line, line
 
 
+@pytest.mark.parametrize("files", [
+    ["10 images", "10 annotations/trimaps"],  # Oxford-IIIT Pet: the masks would be a class
+    ["5 images/001.Crow", "5 images/002.Jay", "5 segmentations/001.Crow"],
+    ["10 train/Images", "10 train/masks"]])
+def test_a_folder_of_images_beside_their_masks_is_refused_by_name(tmp_path, files):
+    line = user_error(list_folder, layout(tmp_path, *files), "train")
+    assert "the folder called images in" in line and line.endswith("name it with --data"), line
+
+
+@pytest.mark.parametrize("suffix", ["gif", "avif", "jfif", "jp2", "JPG", "webp", "tif"])
+def test_a_picture_is_listed_whatever_its_suffix(tmp_path, suffix):
+    for name in "ab":
+        (layout(tmp_path, f"10 {name}") / name / "010.jpg").with_suffix(f".{suffix}").touch()
+    assert listed(tmp_path, "train") == {"a": 10, "b": 10}
+
+
 def test_one_class_may_have_folders_of_its_own(tmp_path):
     assert listed(layout(tmp_path / "a", "20 cats/new"), "train") == {"cats": 18}
     assert listed(layout(tmp_path / "b", "10 cats", "10 cats/new", "10 cats/old"), "train") == {"cats": 27}
@@ -577,7 +597,9 @@ def test_one_class_may_have_folders_of_its_own(tmp_path):
     (["20 train", "5 val"], "train has no class folders: images are expected in DIR/<class>/*.jpg"),
     (["20 a", "b/notes.txt"], "b has no images: images are expected in DIR/<class>/*.jpg"),
     (["20 train/a", "5 val"], "val has no images in class folders"),  # ImageNet as it is
-    (["6 a", "3 b"], "too few images to split")])
+    (["20 train/a", "5 test"], "train, every tenth image of that folder"),  # of a competition, without labels
+    (["20 train/a/images", "5 val/images"], "train, every tenth image of that folder"),  # Tiny-ImageNet
+    (["6 a", "3 b"], "too few images (10 or more)")])
 def test_messages_name_the_layout(tmp_path, files, words):
     line = user_error(list_folder, layout(tmp_path, *files), "test")
     assert str(tmp_path) in line and words in line, line
@@ -588,11 +610,17 @@ def test_hidden_files_and_what_archives_and_servers_leave_behind_are_no_images(t
     want = listed(root, "train"), listed(root, "test")
     layout(root, "5 .hidden", "5 __MACOSX/a", "5 @eaDir/b", "5 .ipynb_checkpoints", "a/._000.jpg",
            "5 a/.ipynb_checkpoints", "5 a/@eaDir", "5 b/__MACOSX", "a/notes.txt", "b/Thumbs.db", "c.jpg")
+    layout(root, "#recycle/a.ini", "$RECYCLE.BIN/desktop.ini", "__MACOSX/b.jpg")
+    (root / "lost+found").mkdir()
     (root / "b" / "000b.jpg").mkdir()  # a folder with the name of a picture
     (root / "a" / "again").symlink_to(root / "a")  # would give a's images twice, to train and to test
     assert (listed(root, "train"), listed(root, "test")) == want == ({"a": 19, "b": 9}, {"a": 2, "b": 1})
-    (root / "c").symlink_to(layout(tmp_path / "elsewhere", "10 c") / "c")  # a class that is a link
-    assert listed(root, "train")["c"] == 9
+    elsewhere = layout(tmp_path / "elsewhere", "10 c", "10 d")
+    (root / "c").symlink_to(elsewhere / "c")  # a class that is a link
+    (root / "d").mkdir()
+    (root / "d" / "2024").symlink_to(elsewhere / "d")  # and one that holds one
+    assert listed(root, "train")["c"] == listed(root, "train")["d"] == 9
+    assert len(train_vae.picture_files(root)) == 52  # as for fid.py, which takes c.jpg, too
     assert "is neither a folder nor shapes" in user_error(list_folder, Path("nowhere"), "train")
 
 
@@ -898,6 +926,14 @@ def test_flags_override_the_preset_and_the_preset_the_defaults():
         parse(cls=Flags, presets={"mini": {"imagesize": 3}})
 
 
+def test_epochs_count_although_the_preset_gives_steps():
+    def steps(*flags):
+        return train_vae.parse_settings(Settings, train_vae.PRESETS, "", flags).steps
+    assert steps() == train_vae.MINI["steps"] > 0
+    assert steps("--epochs", "3") == steps("--epochs=3") == 0
+    assert steps("--epochs", "3", "--steps", "5") == steps("--steps=5", "--epochs=3") == 5
+
+
 @pytest.mark.parametrize("flags", [
     "--imagesize 3", "--image 3", "--image-size 3.5", "--lr fast", "--lr", "--preset tiny", "--vf dino",
     "stray", "--image-size -32", "--lr -0.5", "--lr nan", "--lr inf", "--lr 0", "--ema 1.5", "--no-vf",
@@ -1004,6 +1040,25 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
     assert path.read_bytes() == b"old" and os.listdir(path.parent) == ["file.bin"]
     write(path, lambda file: file.write(b"new"))
     assert path.read_bytes() == b"new" and os.listdir(path.parent) == ["file.bin"]
+
+
+@pytest.mark.parametrize("behind", [None, RuntimeError("unexpected pos")])  # as torch.save does, or not
+def test_a_full_disk_is_named_and_any_other_error_is_not_taken_for_one(tmp_path, behind):
+    def write(file):
+        file.write(b"x")
+        try:
+            raise OSError(errno.ENOSPC, "No space left")
+        except OSError:
+            if behind:
+                raise behind
+            raise
+    assert "No space left" in user_error(train_vae.atomic_write, tmp_path / "a", write)
+    assert not list(tmp_path.iterdir())
+
+    def mistaken(file):
+        raise RuntimeError("mine")
+    with pytest.raises(RuntimeError, match="mine"):
+        train_vae.atomic_write(tmp_path / "a", mistaken)
 
 
 def test_what_is_not_finite_stops_the_run(tmp_path):
