@@ -1037,9 +1037,9 @@ def picture_files(folder):
 
 def find_splits(folder):
     """DIR -> the folder with the classes of the training images, and that of the test images or None.
-    DIR is split if two names differ only in a word for training and one for test (train and Val, seg_train
-    and seg_test; digits, signs and "set" do not count), or if there is a training folder and no other.
-    Otherwise its folders are classes, one of which may be called train."""
+    DIR is split if the names of two of its folders differ only in a word for training and one for test (train
+    and Val, seg_train and seg_test; digits, signs and "set" do not count), or if it has a training folder and
+    no other. Otherwise its folders are classes, one of which may be called train."""
     places = subfolders(folder)
     names = {re.sub("[^a-z]|set", "", path.name.lower()): path for path in reversed(places)}
     train = {re.sub("training|train", "*", name, count=1): path for name, path in names.items()}
