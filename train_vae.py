@@ -1041,6 +1041,7 @@ def find_splits(folder):
     and Val, seg_train and seg_test; digits, signs and "set" do not count), or if it has a training folder and
     no other. Otherwise its folders are classes, one of which may be called train."""
     places = subfolders(folder)
+    # "Train" and "training_set" become "*", "seg_train" becomes "seg*"; so do "val" and "seg_test"
     names = {re.sub("[^a-z]|set", "", path.name.lower()): path for path in reversed(places)}
     train = {re.sub("training|train", "*", name, count=1): path for name, path in names.items()}
     for words in ("validation|valid|val", "testing|test"):
