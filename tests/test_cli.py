@@ -79,6 +79,7 @@ class Job:
         try:
             os.setsid()
             signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored under nohup, and inherited
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a Stop of another test may have changed it
             for number, path in zip((1, 2), self.streams):
                 os.dup2(os.open(path, os.O_WRONLY), number)
             sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False) for n in (1, 2))  # noqa: SIM115
