@@ -131,8 +131,9 @@ class Job:
         out, err = (path.read_text() for path in self.streams)
         for path in self.streams:
             path.unlink()
+        # neither bars nor what torch.hub of torch 2.6 says
         lines = [line for line in re.split(r"[\r\n]+", err)
-                 if line.strip() and not re.search(r"\d+%\||\[\d\d:\d\d", line)]
+                 if line.strip() and not re.search(r"\d+%\||\[\d\d:\d\d|^Downloading: ", line)]
         return SimpleNamespace(status=status if status >= 0 else 128 - status, out=out, err=err, lines=lines)
 
 
@@ -546,12 +547,11 @@ def test_two_processes_under_torchrun_train_the_tokenizer_as_one(here):
         two = rows(here / name / "metrics_vae.csv")
         assert len(two) == steps and (name == "chunks" or two[6]["d"] > 0)
         for a, b in list(zip(one, two))[:6]:
-            # Adam makes a rounding error grow, here to 5e-4 of kl; without the exchange of gradients kl is
-            # 12 % off in step 2 and 65 % in step 6
-            rel = 1e-3 if a["step"] <= 3 else 1e-2
+            # Adam makes a rounding error grow, here to 5e-4 of kl (4e-3 with torch 2.6); without the exchange
+            # of gradients kl is 12 % off in step 2 and 65 % in step 6
             for term in ("rec", "kl", "mcos", "mdms", "l1"):
-                assert a[term] == pytest.approx(b[term], rel=rel, abs=1e-5), (a["step"], term)
-            assert a["w_vf"] == pytest.approx(b["w_vf"], rel=1e-2), a["step"]  # a ratio of gradients' norms
+                assert a[term] == pytest.approx(b[term], rel=1e-2, abs=1e-5), (a["step"], term)
+            assert a["w_vf"] == pytest.approx(b["w_vf"], rel=5e-2), a["step"]  # a ratio of norms; 2 % with 2.6
 
 
 def test_two_processes_make_the_latents_the_lightningdit_the_samples_and_the_scores_of_one(here):
