@@ -547,10 +547,11 @@ def test_two_processes_under_torchrun_train_the_tokenizer_as_one(here):
         two = rows(here / name / "metrics_vae.csv")
         assert len(two) == steps and (name == "chunks" or two[6]["d"] > 0)
         for a, b in list(zip(one, two))[:6]:
-            # Adam makes a rounding error grow, here to 5e-4 of kl (4e-3 with torch 2.6); without the exchange
-            # of gradients kl is 12 % off in step 2 and 65 % in step 6
+            # Adam makes a rounding error grow (with torch 2.6 to 4e-3 of kl in step 2, 1.3e-2 in step 5);
+            # without the exchange of gradients kl is 12 % off in step 2 and 65 % in step 6
+            rel = 1e-2 if a["step"] <= 3 else 5e-2
             for term in ("rec", "kl", "mcos", "mdms", "l1"):
-                assert a[term] == pytest.approx(b[term], rel=1e-2, abs=1e-5), (a["step"], term)
+                assert a[term] == pytest.approx(b[term], rel=rel, abs=1e-5), (a["step"], term)
             assert a["w_vf"] == pytest.approx(b["w_vf"], rel=5e-2), a["step"]  # a ratio of norms; 2 % with 2.6
 
 
