@@ -552,7 +552,7 @@ def test_two_processes_under_torchrun_train_the_tokenizer_as_one(here):
             rel = 1e-2 if a["step"] <= 3 else 5e-2
             for term in ("rec", "kl", "mcos", "mdms", "l1"):
                 assert a[term] == pytest.approx(b[term], rel=rel, abs=1e-5), (a["step"], term)
-            assert a["w_vf"] == pytest.approx(b["w_vf"], rel=5e-2), a["step"]  # a ratio of norms; 2 % with 2.6
+            assert a["w_vf"] == pytest.approx(b["w_vf"], rel=5e-2), a["step"]  # of two norms; 2 % with 2.6
 
 
 def test_two_processes_make_the_latents_the_lightningdit_the_samples_and_the_scores_of_one(here):
