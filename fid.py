@@ -132,7 +132,7 @@ def precision_recall(reference, samples, k=3, block=2000):
 
 def compare(ours, reference, prefix=""):
     """The features_of some samples and of a reference -> {prefix + name: value}: FID, sFID, IS, precision and
-    recall; None where the reference lacks what is needed, or there are fewer than four images."""
+    recall; all but IS None where the reference lacks what they need, the last two below four images, too."""
     values = dict.fromkeys(("FID", "sFID", "IS", "precision", "recall"))
     for name, mu, sigma in (("FID", "mu", "sigma"), ("sFID", "mu_s", "sigma_s")):
         if {mu, sigma} <= reference.keys():

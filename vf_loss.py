@@ -79,10 +79,9 @@ def adaptive_weight(rec_loss, other_loss, weight, max_weight=1e8):
         grads /= dist.get_world_size()
     rec_norm, other_norm = grads.flatten(1).norm(dim=1)
     # [Eq. 4] w_adaptive = |grad L_rec| / |grad L_vf|. The 1e-4 is VQGAN's. It limits the ratio where |grad
-    # L_vf| is tiny, because few pairs are outside their margins. If all pairs are inside, the plain ratio
-    # would be infinite, which the clamp makes finite, and the loss that it multiplies is 0. Only 0 / 0, with
-    # no gradient of L_rec either, would stay NaN. The clamp is at 1e4 for the adversary (VQGAN) and at 1e8
-    # for VF loss (authors' code).
+    # L_vf| is tiny, because few positions or pairs are outside their margins. If none is, it keeps the ratio
+    # finite, and 0 / 0 from being NaN, which no clamp would remove; the loss that the ratio multiplies is 0
+    # then. The clamp is at 1e4 for the adversary (VQGAN) and at 1e8 for VF loss (authors' code).
     return (rec_norm / (other_norm + 1e-4)).clamp(0.0, max_weight).detach()
 
 class FoundationModel(nn.Module):
