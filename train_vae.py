@@ -262,7 +262,7 @@ class Run:
         self.save_memory(vae, nets[1:])
         # Only the norms and activations are compiled: a compiled convolution would always compute the
         # gradient of its weight, which doubles the work of Eq. 4's backward pass (tests/test_bench.py counts
-        # it). That pass needs the graph's buffers again, which torch.compile would give away.
+        # it). loss.backward() then uses the same graph again, so its buffers must not be given away.
         torch._functorch.config.donated_buffer = False
         for module in vae.modules():
             if s.compile and isinstance(module, NormSiLU):

@@ -88,7 +88,7 @@ class FoundationModel(nn.Module):
     """Image x (B, 3, H, W) in [-1, 1], grid (h, w) -> features F (B, d_f, h, w), fp32, no gradient.
     tokens(net, x): the features of an image as the network wants it. width: d_f. patch: the side of the
     network's patches in pixels. The image is resized so that the patches match the latent's positions: for a
-    16x16 grid and patches of 14, from 256 to 224 pixels. 0 means a convolutional network, for which nothing
+    16x16 grid and patches of 14, from 256 to 224 pixels. patch 0: a convolutional network, for which nothing
     is resized."""
     def __init__(self, net, tokens, width, patch, mean, std):
         super().__init__()
