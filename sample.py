@@ -3,8 +3,8 @@
 Paper: arXiv 2501.01423, Sec. 5.4: "we use a 250-step Euler integrator [...] we adopt cfg interval [19]
 and timestep shift similar to FLUX [20]". Time is as in training: t = 0 is noise, t = 1 is data.
 
-Read it top to bottom: Settings and PRESETS (one for every score of the paper); sample_batch, which is all of
-sampling in three lines; then its steps: noise, time grid, integrators, guidance, decoder.
+Read it top to bottom: Settings; PRESETS, which has a preset for each score of the paper; sample_batch, which
+is all of sampling in three lines; then its steps: noise, time grid, integrators, guidance, decoder.
 
     python sample.py                                   the mini run: samples.npz, samples.png
     torchrun --nproc_per_node=8 -- sample.py --preset imagenet256 --out RUN --vae VAE
@@ -49,7 +49,7 @@ class Settings:
     num: int = 50000  # images (with torchrun, write -- before sample.py, or torchrun takes --num for its own)
     labels: str = "random"  # random, balanced (image i has class i mod classes), or a list such as 3,207
     seed: int = 0  # sample i is a function of (seed, i), and with dopri5 also of its batch
-    batch_size: int = 125  # images per forward pass; with guidance, twice as many
+    batch_size: int = 125  # images drawn at once; with guidance, the network's batch is twice as large
     # --- how it runs
     out: str = opt("", same=False)  # folder of the run; default runs/PRESET
     dit: str = opt("", same=False)  # checkpoint of train_dit.py; default OUT/dit.pt

