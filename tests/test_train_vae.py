@@ -89,8 +89,8 @@ WANTED = {  # row: (tokenizer, VF loss)
     "vavae-long-3": ("f16d32", FULL | {"epochs": 15, "disc_start": 0}),
 }
 SHARED = {  # settings of all ablations [Sec. 5.1, 6.2]
-    "data": "imagenet", "image_size": 256, "batch_size": 256, "lr": 1e-4, "warmup": 0, "epochs": 50,
-    "steps": 0, "kl_weight": 1e-6, "lpips_weight": 1.0, "disc_weight": 0.5, "disc_start": 2501,
+    "data": "imagenet", "image_size": 256, "batch_size": 256, "lr": 1e-4, "warmup": 0, "decay": 0,
+    "epochs": 50, "steps": 0, "kl_weight": 1e-6, "lpips_weight": 1.0, "disc_weight": 0.5, "disc_start": 2501,
     "vf_input": "model", "crop": "random", "flip": False, "init": ""}
 
 
@@ -156,10 +156,10 @@ def test_train_tells_train_step_the_batch_and_resumes_where_it_was(tiny, monkeyp
         return {"rec": torch.tensor(1.0)}
     monkeypatch.setattr(train_vae, "train_step", record)
     # 10,000 images: 0.0024 epochs of batch 4 are 6 steps
-    s = tiny("--steps", 0, "--epochs", 0.0024, "--out", tmp_path, "--lr", 0.1, "--warmup", 4)
+    s = tiny("--steps", 0, "--epochs", 0.0024, "--out", tmp_path, "--lr", 0.1, "--warmup", 4, "--decay", 2)
     train_vae.train(s, ONE)
     assert [row[0] for row in seen] == list(range(6)) and {row[4] for row in seen} == {(4, 3, 24, 24)}
-    assert [row[1] for row in seen] == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1, 0.1])
+    assert [row[1] for row in seen] == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1, 0.05])
     assert len({row[2] for row in seen}) == len({row[3] for row in seen}) == 6
     whole, state = list(seen), torch_load(tmp_path / "vae.pt")
     assert state["step"] == state["total_steps"] == 6 and len(state["classes"]) == 10

@@ -33,7 +33,7 @@ sys.path.insert(0, str(ROOT))
 NARROW, WIDE = 8, 64
 # Each flag stands here, although most of them are preset mini's, so that the study does not change with it.
 TOKENIZER = ("--data {data} --image-size 32 --spec mini-f8d{d} --crop adm --flip --lpips-weight 0 "
-             "--disc-weight 0 --batch-size 16 --lr 1e-3 --warmup 100 --steps 600 --workers 0 "
+             "--disc-weight 0 --batch-size 16 --lr 2e-3 --warmup 100 --decay 300 --steps 600 --workers 0 "
              "--save-every 200")
 VF = "--vf {vf} --vf-weight 1 --cos-margin 0 --mdms-margin 0 --teacher-steps 200"
 DIT_STEPS = 1500
