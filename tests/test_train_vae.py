@@ -1025,8 +1025,8 @@ def test_resume_lists_what_differs(tmp_path):
     learned = {f.name for f in fields(Settings) if f.metadata.get("same", True)}
     assert learned == {
         "seed", "spec", "batch_size", "lr", "vf", "vf_weight", "cos_margin", "mdms_margin", "mcos",
-        "mdms", "warmup", "image_size", "crop", "flip", "kl_weight", "lpips_weight", "disc_weight",
-        "disc_start", "init", "vf_input", "teacher_steps", "teacher_data", "precision"}
+        "mdms", "warmup", "decay", "image_size", "crop", "flip", "kl_weight", "lpips_weight",
+        "disc_weight", "disc_start", "init", "vf_input", "teacher_steps", "teacher_data", "precision"}
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path):
