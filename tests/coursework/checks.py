@@ -171,6 +171,13 @@ def gradient(fast, slow, inputs, names, tol=1e-4):
         close(g, w, f"the gradient of {name} is off", tol)
 
 
+def values_and_gradient(key, title, fast, slow, inputs, sentence, names, tol=1e-4):
+    """Two checks of an exercise for which `fast` and `slow` say all: `title`, of the values, and "gradient".
+    inputs: a function that returns them, since nothing may need torch before a check runs."""
+    check(key, title)(lambda: values(fast, slow, inputs(), sentence, tol))
+    check(key, "gradient")(lambda: gradient(fast, slow, inputs(), names, 1e-3))
+
+
 def randn(*shape, seed=0):
     """Normal numbers, the same in every run."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
