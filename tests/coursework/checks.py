@@ -70,8 +70,8 @@ def ok(condition, sentence):
         raise Wrong(sentence)
 
 
-def short(values):
-    return ", ".join(f"{v:.5g}" for v in values.flatten().tolist())
+def short(numbers):
+    return ", ".join(f"{v:.5g}" for v in numbers.flatten().tolist())
 
 
 def close(got, want, sentence, tol=1e-4, kind="float32"):

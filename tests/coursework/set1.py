@@ -65,7 +65,7 @@ def slow_kl(moments):
 @check("kl", "worked example", public=True)
 def kl_example():
     moments = torch.tensor([[2.0, 0.0], [0.0, 1.3862944]]).view(2, 2, 1, 1)
-    close(student(lambda: kl_of(moments)), [2.0, 0.8068528], "KL of N(2, 1) and of N(0, 4), in nats")
+    close(student(lambda: kl_of(moments)), [2.0, 0.8068528], "means 2 and 0, variances 1 and 4, in nats")
 
 values_and_gradient("kl", "any posterior", kl_of, slow_kl, lambda: (2 * randn(3, 6, 2, 4),),
                     "the values of an image are not reduced as in Sec. 3.3, or the closed form is off",
