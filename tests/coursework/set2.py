@@ -171,7 +171,8 @@ def eq4_graph():
     ok(not has_graph, "the weight is a number for the optimizer: it has no gradient of its own")
 
 # --- teacher --------------------------------------------------------------------------------------------
-MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
+MEAN = (0.4, 0.5, 0.6)
+STD = (0.2, 0.3, 0.4)
 
 def small_teacher(patch, mean=MEAN, std=STD, seen=None):
     """A foundation model whose tokens are the means of patches; patch 0: of 2x2 pixels. seen: its inputs."""
