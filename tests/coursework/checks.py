@@ -70,8 +70,8 @@ def ok(condition, sentence):
         raise Wrong(sentence)
 
 
-def short(values):
-    return ", ".join(f"{v:.5g}" for v in values.flatten().tolist())
+def short(numbers):
+    return ", ".join(f"{v:.5g}" for v in numbers.flatten().tolist())
 
 
 def close(got, want, sentence, tol=1e-4, kind="float32"):
@@ -169,6 +169,13 @@ def gradient(fast, slow, inputs, names, tol=1e-4):
     want = derivative(slow, [copied(double(v)) for v in inputs], names)
     for name, g, w in zip(names.split(", "), got, want):
         close(g, w, f"the gradient of {name} is off", tol)
+
+
+def values_and_gradient(key, title, fast, slow, inputs, sentence, names, tol=1e-4):
+    """Two checks of an exercise for which `fast` and `slow` say all: `title`, of the values, and "gradient".
+    inputs: a function that returns them, since nothing may need torch before a check runs."""
+    check(key, title)(lambda: values(fast, slow, inputs(), sentence, tol))
+    check(key, "gradient")(lambda: gradient(fast, slow, inputs(), names, 1e-3))
 
 
 def randn(*shape, seed=0):
