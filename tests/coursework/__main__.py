@@ -35,11 +35,11 @@ def list_exercises():
 
 def print_solutions(number):
     for e in of_set(number):
+        source = (ROOT / e.file).read_text()
         for name in e.names:
-            source = (ROOT / e.file).read_text()
             body, i = find(ast.parse(source), name)
-            lines = source.splitlines()[body[i].lineno - 1:body[i].end_lineno]
-            print(f"# {e.number} {e.key}, {e.file}\n" + "\n".join(lines) + "\n")
+            text = ast.get_source_segment(source, body[i], padded=True)
+            print(f"# {e.number} {e.key}, {e.file}\n{text}\n")
 
 def print_answers(number):
     text = (HERE / "answers.md").read_text()
@@ -77,7 +77,7 @@ def main():
             print(f"{a.dir}: set {a.set}, {len(of_set(a.set))} exercises; begin with ASSIGNMENT.md")
         else:
             if not (a.set or a.exercises):
-                parser.error("grade needs --set N or --exercises KEY ...: the students' folders do not decide")
+                parser.error("grade needs --set N or --exercises KEY ..., since no folder decides this")
             for folder in a.dirs:
                 if not Path(folder).is_dir():
                     parser.error(f"{folder} is not a folder")

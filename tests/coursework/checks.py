@@ -39,11 +39,7 @@ class Wrong(AssertionError):
     """One sentence that a student can act on."""
 
 class Recorded(BaseException):
-    """Ends a check in the student's process as soon as the answer is there."""
-
-    def __init__(self, answer):
-        super().__init__()
-        self.answer = answer
+    """Ends a check in the student's process as soon as the answer, its argument, is there."""
 
 def check(key, title, public=False):
     def add(function):
@@ -95,9 +91,9 @@ def close(got, want, sentence, tol=1e-4, kind="float32"):
     equal = (got == want) | ((got - want).abs() <= tol * max(scale, 1e-3))
     if got.numel() <= 6:
         ok(bool(equal.all()), f"{sentence} (got {short(got)}; expected {short(want)})")
-    for place in (~equal).nonzero().tolist():
-        at = tuple(place)
-        raise Wrong(f"{sentence} (at {place} got {short(got[at])}, expected {short(want[at])})")
+    for at in (~equal).nonzero().tolist():
+        got, want = got[tuple(at)], want[tuple(at)]
+        raise Wrong(f"{sentence} (at {at} got {short(got)}, expected {short(want)})")
 
 def exact(value):
     """A tensor; Python's numbers become float64, not torch's usual float32."""
@@ -132,10 +128,8 @@ def values(fast, slow, inputs, sentence, tol=1e-4, kind="float32"):
 
 def tensors(value):
     """All tensors of nested tuples, lists and dictionaries, in order."""
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, (list, tuple)):
-        return [t for v in value for t in tensors(v)]
+    if isinstance(value, (dict, list, tuple)):
+        return [t for v in (value.values() if isinstance(value, dict) else value) for t in tensors(v)]
     return [value] if isinstance(value, torch.Tensor) and value.is_floating_point() else []
 
 def derivative(function, inputs, names):
@@ -169,8 +163,7 @@ def fill(module, seed=0, scale=0.5):
 # === Answers as text: what comes from a student's process is data and never code ========================
 def encode(value):
     if isinstance(value, np.ndarray):
-        value = torch.from_numpy(np.ascontiguousarray(value)).clone()
-        return {"array": encode(value)["tensor"]}
+        return {"array": encode(torch.from_numpy(np.ascontiguousarray(value)))["tensor"]}
     if isinstance(value, np.generic):
         value = value.item()
     if type(value) in (list, tuple):

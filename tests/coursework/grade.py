@@ -164,8 +164,7 @@ class Mark:
         return self.note or next(iter(failed), "")
 
 def judge(worker, exercise, messages, end, timeout):
-    """A job's messages, and how it ended -> why nothing was run or None, the checks' results, what to look
-    at."""
+    """A job's messages and its end -> why nothing was run or None, the checks' results, what to look at."""
     last = {name: value for m in messages for name, value in m.items()}
     note, started = last.get("note"), last.get("started", -1)
     found = {m["check"]: m for m in reversed(messages) if "check" in m}    # the first of each
@@ -173,8 +172,8 @@ def judge(worker, exercise, messages, end, timeout):
             "": "the process ended before the check did: does the code call exit?"}.get(end, end)
     if note is None and "done" not in last and started < 0:
         note = late
-    results = []
     import checks
+    results = []
     # the worker asks in the order of setN.py, the points stand in that of setN.md
     order = [title for title, _, _ in checks.CHECKS[exercise.key]]
     for i in (order.index(c.title) for c in exercise.checks):
@@ -185,7 +184,7 @@ def judge(worker, exercise, messages, end, timeout):
             results.append(worker.compare(exercise, i, m["answer"]))
         else:
             results.append(m.get("message") or "no answer")
-    return note, results, last.get("look", [])
+    return note, results, next((m["look"] for m in messages if "look" in m), [])
 
 def read_submission(folder, file):
     """(text of a student's script, None), or (None, why there is none)."""

@@ -59,9 +59,8 @@ def inception_arrays():
 def pr_example():
     reference, samples = torch.tensor([[0.0], [1.0], [2.0]]), torch.tensor([[2.0], [4.0], [8.0]])
     got = student(lambda: fid.precision_recall(reference, samples, k=1))
-    ok(len(got) == 2, "two numbers")
-    close(got[0], 1 / 3, "precision: only sample 2 is inside a reference's ball", kind="number")
-    close(got[1], 1.0, "recall: the ball of sample 2 holds all references", kind="number")
+    close(list(got), [1 / 3, 1.0], "precision: only sample 2 is inside a reference's ball; recall: the ball "
+          "of sample 2 holds all references", kind="number")
 
 def slow_share(points, centres, k):
     radii = [sorted((c - other).norm().item() for other in centres)[k] for c in centres]

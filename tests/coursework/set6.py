@@ -1,4 +1,6 @@
 """Checks of set 6, sampling. No student's process sees the slow_ functions."""
+from itertools import pairwise
+
 from checks import check, close, near, ok, randn, sample, student, torch, types, values
 
 
@@ -31,7 +33,7 @@ def integrated(method):
 
 def compare_integral(got, step, times):
     (x, seen, given), want, ts = got, start().double(), uneven().tolist()
-    for t, after in zip(ts, ts[1:]):
+    for t, after in pairwise(ts):
         want = step(want, t, after - t)
     ok(x.is_floating_point() and x.element_size() >= 4, f"x is a float tensor: got {x.dtype}")
     close(x, want, "x after all steps", kind="any")

@@ -196,7 +196,7 @@ def answer(function, file, encode):
     except BaseException as error:   # noqa: BLE001  sys.exit and KeyboardInterrupt, too
         name = type(error).__name__
         if name == "Recorded":
-            return {"answer": encode(error.answer)}
+            return {"answer": encode(error.args[0])}
         return {"message": str(error) if name == "Wrong" else f"{name}: {error}{where(error, file)}"}
     return {"message": "the check asked nothing"}
 
