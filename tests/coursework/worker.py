@@ -11,7 +11,6 @@ import json
 import marshal
 import os
 import resource
-import select
 import shutil
 import signal
 import sys
@@ -20,6 +19,7 @@ import time
 import traceback
 
 SCRIPT_LINES = 100_000   # empty lines before the reference's: a smaller line number is the student's
+MOST = 1 << 26           # bytes that an exercise may send
 HERE = os.path.realpath(os.getcwd())
 
 class NotGraded(Exception):
@@ -265,44 +265,42 @@ def supervise(job):
     if pid == 0:
         child(job, write, folder)
     os.close(write)
-    data, end, status, deadline = b"", "", None, time.monotonic() + job["timeout"]
-    while status is None and not end:
-        ready = select.select([read], [], [], 0.02)[0]
-        piece = os.read(read, 1 << 16) if ready else b""
-        data += piece
-        if not piece:   # the pipe's end, or nothing to read: has it ended? its own children may hold the pipe
-            ended, value = os.waitpid(pid, os.WNOHANG)
-            status = value if ended else None
-            if ready and status is None:
-                time.sleep(0.01)
-        if len(data) > 1 << 26:
+    os.set_blocking(read, False)
+    data, end, ended, deadline = b"", "", 0, time.monotonic() + job["timeout"]
+    while not ended and not end:
+        time.sleep(0.005)
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        data += drained(read)
+        if len(data) >= MOST:
             end = "it wrote into the grader's channel"
-        elif status is None and time.monotonic() > deadline:
+        elif not ended and time.monotonic() > deadline:
             end = "time"
-    with contextlib.suppress(ProcessLookupError, PermissionError):
+    with contextlib.suppress(ProcessLookupError, PermissionError):    # its own children, too
         os.killpg(pid, signal.SIGKILL)
-    if status is None:
+    if not ended:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
     elif not end and os.WIFSIGNALED(status):
         end = f"the process was ended by {signal.Signals(os.WTERMSIG(status)).name}"
-    os.set_blocking(read, False)
-    with contextlib.suppress(BlockingIOError):
-        while piece := os.read(read, 1 << 20):
-            data += piece
     os.close(read)
     shutil.rmtree(folder, ignore_errors=True)
-    return list(read_messages(data)), end
+    return messages(data), end
 
-def read_messages(data):
-    """Dictionaries of a pipe's bytes, a JSON line each; what else is there, a student's code has written."""
+def drained(pipe):
+    """What there is to read, without waiting for more."""
+    data = b""
+    with contextlib.suppress(BlockingIOError):
+        while len(data) < MOST and (piece := os.read(pipe, 1 << 20)):
+            data += piece
+    return data
+
+def messages(data):
+    """The dictionaries in bytes, a JSON line each; what else is there, a student's code has written."""
+    found = []
     for line in data.decode(errors="replace").split("\n"):
-        try:
-            message = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(message, dict):
-            yield message
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return [m for m in found if isinstance(m, dict)]
 
 def main():
     """Read jobs, a JSON line each, write [messages, end]. The first line names the packages to load, and the
