@@ -21,7 +21,6 @@ from grade import grade, gradescope, print_marks, write_csv
 from handout import Refused, handout
 from worker import find
 
-
 def list_exercises():
     line = "{:5} {:11} {:8} {:13} {:50} {:>6} {:>7}"
     print(line.format("", "key", "tier", "file", "functions", "points", "minutes"))
@@ -34,15 +33,13 @@ def list_exercises():
         print(f"set {s}, {NAMES[s]}: {len(found)} exercises of {sum(e.total for e in found)} points and "
               f"{len(asked)} questions of {extra}; about {minutes / 60:.1f} hours")
 
-
 def print_solutions(number):
     for e in of_set(number):
+        source = (ROOT / e.file).read_text()
         for name in e.names:
-            source = (ROOT / e.file).read_text()
             body, i = find(ast.parse(source), name)
-            lines = source.splitlines()[body[i].lineno - 1:body[i].end_lineno]
-            print(f"# {e.number} {e.key}, {e.file}\n" + "\n".join(lines) + "\n")
-
+            text = ast.get_source_segment(source, body[i], padded=True)
+            print(f"# {e.number} {e.key}, {e.file}\n{text}\n")
 
 def print_answers(number):
     text = (HERE / "answers.md").read_text()
@@ -51,29 +48,22 @@ def print_answers(number):
         text = heading + text.split(heading)[1].split("\n## ")[0]
     print(text)
 
-
 def main():
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python tests/coursework", description=__doc__, formatter_class=raw)
     commands = parser.add_subparsers(dest="command", required=True)
     add = {name: commands.add_parser(name) for name in ("list", "handout", "grade", "solutions", "answers")}
-    add["handout"].add_argument("dir", metavar="DIR", help="a new folder")
-    add["grade"].add_argument("dirs", metavar="DIR", nargs="+", help="a folder for each student")
     for name in ("handout", "grade", "solutions", "answers"):
-        needed = name in ("handout", "solutions")
-        add[name].add_argument("--set", type=int, choices=SETS, required=needed)
-    add["grade"].add_argument(
-        "--exercises", nargs="+", metavar="KEY", choices=EXERCISES, help="instead of a set"
-    )
-    add["grade"].add_argument(
-        "--json", help="Gradescope's results.json; of several folders {folder: results}"
-    )
-    add["grade"].add_argument("--csv", help="marks of all folders, a line each")
-    add["grade"].add_argument(
-        "--timeout", type=float, default=60.0, help="seconds for one exercise (default 60)"
-    )
-    add["grade"].add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1),
-                              help="processes, about 0.5 GB each (default: 2)")
+        add[name].add_argument("--set", type=int, choices=SETS, required=name in ("handout", "solutions"))
+    add["handout"].add_argument("dir", metavar="DIR", help="a new folder")
+    flag = add["grade"].add_argument
+    flag("dirs", metavar="DIR", nargs="+", help="a folder for each student")
+    flag("--exercises", nargs="+", metavar="KEY", choices=EXERCISES, help="instead of a set")
+    flag("--json", help="Gradescope's results.json; of several folders {folder: results}")
+    flag("--csv", help="marks of all folders, a line each")
+    flag("--timeout", type=float, default=60.0, help="seconds for one exercise (default 60)")
+    flag("--jobs", type=int, default=min(2, os.cpu_count() or 1),
+         help="processes, about 0.5 GB each (default: 2)")
     a = parser.parse_args()
     try:
         if a.command == "list":
@@ -87,13 +77,11 @@ def main():
             print(f"{a.dir}: set {a.set}, {len(of_set(a.set))} exercises; begin with ASSIGNMENT.md")
         else:
             if not (a.set or a.exercises):
-                parser.error(
-                    "grade needs --set N or --exercises KEY ...: the students' folders do not decide"
-                )
-            keys = a.exercises or [e.key for e in of_set(a.set)]
+                parser.error("grade needs --set N or --exercises KEY ..., since no folder decides this")
             for folder in a.dirs:
                 if not Path(folder).is_dir():
                     parser.error(f"{folder} is not a folder")
+            keys = a.exercises or [e.key for e in of_set(a.set)]
             results = grade(a.dirs, keys, a.timeout, a.jobs, print_marks)
             if a.json:
                 found = {folder: gradescope(marks) for folder, marks in results.items()}
@@ -102,7 +90,6 @@ def main():
                 write_csv(a.csv, results)
     except Refused as error:
         sys.exit(f"coursework: error: {error}")
-
 
 if __name__ == "__main__":
     main()

@@ -6,8 +6,7 @@ import textwrap
 from pathlib import Path
 
 from course import EXERCISES, HERE, NAMES, ROOT, SCRIPTS, SETS, TEXTS, of_set, questions
-from worker import find
-
+from worker import bound, find
 
 # What an exercise asks the paper for, the handout does not say. Here the docstring of a function ends before:
 DOCSTRING_ENDS = {"Posterior.kl": ": a SUM", "reconstruction_loss": ": LDM's sum",
@@ -25,37 +24,30 @@ LEFT_OUT = [
 class Refused(Exception):
     """What the command line prints, and stops."""
 
-
 def replace_body(source, name, body):
-    """Source in which the lines of this function after its docstring are these; KeyError if it has none."""
-    found = find(ast.parse(source), name)
-    if found is None:
-        raise KeyError(name)
-    node, lines = found[0][found[1]], source.splitlines()
+    """Source in which the lines of this function after its docstring are these."""
+    (statements, i), lines = find(ast.parse(source), name), source.splitlines()
+    node = statements[i]
     first, indent = node.body[0], " " * (node.col_offset + 4)
-    documented = ast.get_docstring(node, clean=False) is not None
-    start, end = (first.end_lineno if documented else first.lineno - 1), node.end_lineno
+    start = first.lineno - 1 if ast.get_docstring(node) is None else first.end_lineno
     while lines[start - 1].lstrip().startswith("#"):     # comments above the first statement
         start -= 1
-    while end < len(lines) and lines[end].startswith(indent + "#"):
-        end += 1
     new = [indent + line if line else "" for line in body]
-    return "\n".join([*lines[:start], *new, *lines[end:]]) + "\n"
+    return "\n".join([*lines[:start], *new, *lines[node.end_lineno:]]) + "\n"
 
-
-def shorten_docstring(source, name):
-    """Source with only the first sentence of this function's docstring: the rest may be a hint."""
+def shorten_docstring(source, name, arguments):
+    """Source with only the first sentence of this function's docstring, or, with `arguments`, only what comes
+    before its first arrow: the rest may be a hint."""
     body, i = find(ast.parse(source), name)
     text, lines = ast.get_docstring(body[i]), source.splitlines()
     if not text:
         return source
     text = " ".join(text.split()).split(DOCSTRING_ENDS.get(name, "\n"))[0]
     node, first = body[i].body[0], re.match(r".+?\.(?= [A-Z]|$)|.+", text)[0]
-    indent = " " * node.col_offset
+    first, indent = first.split(" -> ")[0] if arguments else first, " " * node.col_offset
     new = textwrap.wrap(f'"""{first}"""', 106, initial_indent=indent, subsequent_indent=indent,
                         break_on_hyphens=False)
     return "\n".join([*lines[:node.lineno - 1], *new, *lines[node.end_lineno:]]) + "\n"
-
 
 def stubbed(file, exercises, source=None):
     """The text of a script without the bodies of these exercises' functions."""
@@ -63,9 +55,9 @@ def stubbed(file, exercises, source=None):
     for e in exercises:
         for name in e.names if e.file == file else ():
             line = f'raise NotImplementedError("exercise {e.number}, {name}: see ASSIGNMENT.md")'
-            source = shorten_docstring(replace_body(source, name, ["# YOUR CODE HERE", line]), name)
+            source = replace_body(source, name, ["# YOUR CODE HERE", line])
+            source = shorten_docstring(source, name, e.arguments)
     return source
-
 
 # --- The student's own tests ----------------------------------------------------------------------------
 IMPORTS = [  # in the order in which ruff wants them
@@ -73,28 +65,25 @@ IMPORTS = [  # in the order in which ruff wants them
     {"np": "import numpy as np", "torch": "import torch", "F": "import torch.nn.functional as F",
      "nn": "from torch import nn"},
     {name[:-3]: f"import {name[:-3]}" for name in sorted(SCRIPTS)}]
+HEAD = '"""Your own check: python -m pytest -k KEY, keys as in ASSIGNMENT.md. The grader looks further."""\n'
 ASK = '''def student(work):
     """Your answer."""
     return work()'''
-
 
 def definitions(path):
     """{name: (tree without decorators, its text)} of the functions, classes and constants of a file."""
     source, found = path.read_text(), {}
     lines = source.splitlines()
     for n in ast.parse(source).body:
-        if isinstance(n, (ast.FunctionDef, ast.ClassDef)):
-            n.decorator_list.clear()
-            found[n.name] = n, "\n".join(lines[n.lineno - 1:n.end_lineno])
-        elif isinstance(n, ast.Assign) and isinstance(n.targets[0], ast.Name):
-            found[n.targets[0].id] = n, "\n".join(lines[n.lineno - 1:n.end_lineno])
+        one_name = isinstance(n, ast.Assign) and isinstance(n.targets[0], ast.Name)
+        if isinstance(n, (ast.FunctionDef, ast.ClassDef)) or one_name:
+            n.decorator_list = []
+            found[min(bound(n))] = n, "\n".join(lines[n.lineno - 1:n.end_lineno])
     return found
-
 
 def test_name(exercise, function):
     """-k KEY runs this exercise's tests alone: the key stands in the name, and no other key does."""
     return f"test_{exercise.key}__{function.__name__.removeprefix(exercise.key).strip('_')}"
-
 
 def public_tests(exercises):
     """A pytest file of the public checks of these exercises, with the helpers that they use."""
@@ -102,24 +91,19 @@ def public_tests(exercises):
     for number in sorted({e.set for e in exercises}):
         known |= definitions(HERE / f"set{number}.py")
     tests = {c.function.__name__: test_name(e, c.function) for e in exercises for c in e.checks if c.public}
-    needed, pending = set(), list(tests)
+    needed, pending = set(tests), list(tests)
     while pending:
         used = {n.id for n in ast.walk(known[pending.pop()][0]) if isinstance(n, ast.Name)}
-        for word in used & known.keys() - needed - {"student"}:
-            needed.add(word)
-            pending.append(word)
+        new = used & known.keys() - needed - {"student"}
+        needed |= new
+        pending += new
     parts, used = [ASK], set()
     for name, (node, text) in known.items():
-        if name in needed or name in tests:
+        if name in needed:
             used |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
             parts.append(text.replace(f"def {name}(", f"def {tests.get(name, name)}(", 1))
-    head = [
-        '"""Your own check: python -m pytest -k KEY, keys as in ASSIGNMENT.md. The grader looks further."""'
-    ]
     groups = ["\n".join(line for name, line in group.items() if name in used) for group in IMPORTS]
-    head.append("\n\n".join(filter(None, groups)))
-    return "\n\n\n".join(["\n".join(head), *parts]) + "\n"
-
+    return "\n\n\n".join([HEAD + "\n\n".join(filter(None, groups)), *parts]) + "\n"
 
 # --- The texts ------------------------------------------------------------------------------------------
 RULES = """\
@@ -142,7 +126,6 @@ it" asks for.
 """
 HINT = re.compile(r"^\*\*Hint (\d)\.\*\* (.+(?:\n(?!\n).+)*)", re.MULTILINE)
 
-
 def assignment(number):
     """ASSIGNMENT.md of a set."""
     chosen, text = of_set(number), TEXTS[number]
@@ -154,22 +137,17 @@ def assignment(number):
              "nothing here needs them." if earlier else
              "The functions of later sets are empty, too, and nothing here needs them.")
     files = ", ".join(f"`{file}`" for file in SCRIPTS if any(e.file == file for e in chosen))
-    rules = RULES.format(exercises=len(chosen), questions=len(asked), points=points, hours=hours, given=given,
-                         files=files)
     table = ["| | key | tier | function | read | points | minutes |", "|---|---|---|---|---|---|---|"]
     for e in chosen:
-        names = ", ".join(f"`{n}`" for n in e.names)
-        table.append(
-            f"| {e.number} | {e.key} | {e.tier} | {names} in {e.file} | {e.paper} | {e.total} | {e.minutes} |"
-        )
+        names = ", ".join(f"`{n}`" for n in e.names) + f" in {e.file}"
+        table.append(f"| {e.number} | {e.key} | {e.tier} | {names} | {e.paper} | {e.total} | {e.minutes} |")
+        text = re.sub(rf"(### {re.escape(e.number)} .+\n)(.+?)(?: \| docstring to ->)?\npoints: (.+\n)",
+                      rf"\1\n\2\n\n**{e.total} points**: \3", text)
+    text = HINT.sub(r"<details><summary>Hint \1</summary>\n\n\2\n\n</details>", text)
     title, _, rest = text.partition("\n")
-    for e in chosen:
-        total = f"**{e.total} points**: " + ", ".join(f"{name} {n}" for name, n in e.points.items())
-        rest = re.sub(rf"(### {re.escape(e.number)} .+\n)(.+)\npoints: .+\n",
-                      lambda m, total=total: f"{m[1]}\n{m[2]}\n\n{total}\n", rest)
-    rest = HINT.sub(r"<details><summary>Hint \1</summary>\n\n\2\n\n</details>", rest)
+    rules = RULES.format(exercises=len(chosen), questions=len(asked), points=points, hours=hours, given=given,
+                         files=files)
     return "\n".join([title, "", rules, *table]) + "\n" + rest
-
 
 def handout(folder, number):
     folder = Path(folder)
