@@ -82,8 +82,10 @@ def parts_half():
 
 @check("parts", "gradient")
 def parts_gradient():
-    norm = fill(dit.RMSNorm(6))
-    gradient(norm, slow_rmsnorm(norm), (randn(2, 3, 6),), "x")
+    norm, layer = fill(dit.RMSNorm(6)), fill(dit.SwiGLU(6, 5))
+    gradient(lambda x: [norm(x), layer(x), dit.modulate(x, x[:, 0], x[:, 1])],
+             lambda x: [slow_rmsnorm(norm)(x), slow_swiglu(layer)(x), slow_modulate(x, x[:, 0], x[:, 1])],
+             (randn(2, 3, 6),), "x")
 
 @check("parts", "drop not given")
 def parts_drop():
@@ -160,6 +162,10 @@ def slow_rope(x):
 @check("rope", "any q")
 def rope_values():
     values(some_rope, slow_rope, (randn(2, 3, 9, 8),), "adjacent channels turn by their token's angle")
+
+@check("rope", "gradient")
+def rope_gradient():
+    gradient(some_rope, slow_rope, (randn(2, 3, 9, 8),), "x")
 
 # --- waves ----------------------------------------------------------------------------------------------
 def waves_of(embedder, t):
