@@ -149,7 +149,7 @@ def test_each_solved_exercise_gets_exactly_its_points(grader, blank):
 def test_marks_follow_understanding(grader):
     """A missing permutation leaves no point of unpatchify, a forgotten RoPE takes one of the block's many."""
     for key, name, least, most in (("unpatchify", "no permutation", 0, 0), ("block", "no rope", 7, 11),
-                                   ("labels", "draws though told", 1, 5),
+                                   ("parts", "draws though told", 6, 8),
                                    ("attn", "weights without a gradient", 6, 6),
                                    ("eq2", "the features learn only", 5, 5)):
         mark = grader.mark(key, answered(key, RIGHT_AND_WRONG[key][1][name]))

@@ -1,23 +1,18 @@
 """Set 3, now run it: your network on a task of position, time and class, without diffusion."""
-import sys
+import argparse
 
 import torch
 
 from dit import LightningDiT
 
-torch.manual_seed(0)
-rope = "--no-rope" not in sys.argv
-net = LightningDiT(
-    input_size=8,
-    patch_size=1,
-    in_channels=2,
-    hidden_size=64,
-    depth=3,
-    num_heads=2,
-    num_classes=16,
-    use_rope=rope,
-)
-print(f"{sum(p.numel() for p in net.parameters()):,} weights, RoPE {'on' if rope else 'off'}")
+parser = argparse.ArgumentParser()
+parser.add_argument("--no-rope", action="store_true")
+parser.add_argument("--seed", type=int, default=0)
+args = parser.parse_args()
+torch.manual_seed(args.seed)
+net = LightningDiT(input_size=8, patch_size=1, in_channels=2, hidden_size=64, depth=3, num_heads=2,
+                   num_classes=16, use_rope=not args.no_rope)
+print(f"{sum(p.numel() for p in net.parameters()):,} weights, RoPE {'off' if args.no_rope else 'on'}")
 opt = torch.optim.AdamW(net.parameters(), 2e-3, betas=(0.9, 0.95), weight_decay=0.0)
 place = torch.arange(8.0)
 
