@@ -18,7 +18,8 @@ LEFT_OUT = [
     (1, "train_vae.py", "like the likelihood and the KL divergence of a VAE. "),
     (2, "vf_loss.py", "   the latent at each position points in the direction of the feature"),
     (2, "vf_loss.py", "   the latents of two positions are as similar as their features"),
-    (2, "vf_loss.py", "   the ratio of two gradient norms at the encoder's last layer")]
+    (2, "vf_loss.py", "   the ratio of two gradient norms at the encoder's last layer"),
+    (4, "train_dit.py", ", x_t = t x1 + (1 - t) x0, v = x1 - x0")]
 
 
 class Refused(Exception):
