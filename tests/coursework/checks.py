@@ -148,6 +148,10 @@ def gradient(fast, slow, inputs, names, tol=1e-4):
     for name, g, w in zip(names.split(", "), got, want):
         close(g, w, f"the gradient of {name} is off", tol)
 
+def and_gradient(function):
+    """The same function, followed by the gradient of a random weighting of its values by its inputs."""
+    return lambda *xs: [function(*xs), derivative(function, [copied(x).detach() for x in xs], "the inputs")]
+
 def values_and_gradient(key, title, fast, slow, inputs, sentence, names, tol=1e-4):
     """Two checks of an exercise for which `fast` and `slow` say all: `title`, of the values, and "gradient".
     inputs: a function that returns them, since nothing may need torch before a check runs."""

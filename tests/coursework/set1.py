@@ -20,7 +20,7 @@ def slow_hinges(real, fake):
     return [-fake.mean(), ((1 - real).clamp(min=0).mean() + (1 + fake).clamp(min=0).mean()) / 2]
 
 values_and_gradient("hinge", "any logits", both_hinges, slow_hinges,
-                    lambda: (2 * randn(2, 1, 3, 3), 2 * randn(3, 1, 3, 4, seed=1)),
+                    lambda: (2 * randn(9), 2 * randn(12, seed=1)),
                     "real and fake logits each have a mean of their own", "the real logits, the fake logits")
 
 # --- posterior, kl --------------------------------------------------------------------------------------
@@ -45,7 +45,13 @@ values_and_gradient("posterior", "any posterior", sample_of, slow_sample,
 @check("posterior", "noise that is drawn")
 def posterior_draws():
     moments = torch.cat([torch.full((2, 2, 60, 60), 5.0), torch.full((2, 2, 60, 60), -1.3862944)], 1)
-    one, two = student(lambda: (sample_of(moments, None), vae.Posterior(moments).sample()))
+
+    def work():
+        given, half = moments.clone().requires_grad_(), moments[:, :, :2].half()
+        one = sample_of(given, None)
+        grad, = torch.autograd.grad(one.sum(), given)
+        return one, vae.Posterior(moments).sample(), grad, str(vae.Posterior(half).sample().dtype)
+    one, two, grad, dtype = student(work)
     z = (one - 5) / 0.5
     ok(z.shape == (2, 2, 60, 60), "without noise given, z has the shape of the mean")
     near(z.mean(), 0.0, 0.1, "drawn noise has mean 0")
@@ -53,6 +59,8 @@ def posterior_draws():
     near((z.abs() > 2).float().mean(), 0.0455, 0.012, "drawn noise is normal: 4.6 % is beyond two deviations")
     near(torch.corrcoef(z.flatten(2).flatten(0, 1)), torch.eye(4), 0.1, "each value has noise of its own")
     ok(not torch.equal(one, two), "two calls must draw different noise")
+    close(grad, torch.cat([torch.ones_like(z), z / 4], 1), "where noise is drawn, gradients reach both, too")
+    ok(dtype == "torch.float16", f"z has the dtype of the mean, float16: got {dtype}")
 
 def kl_of(moments):
     return vae.Posterior(moments).kl()
@@ -67,7 +75,7 @@ def kl_example():
     moments = torch.tensor([[2.0, 0.0], [0.0, 1.3862944]]).view(2, 2, 1, 1)
     close(student(lambda: kl_of(moments)), [2.0, 0.8068528], "means 2 and 0, variances 1 and 4, in nats")
 
-values_and_gradient("kl", "any posterior", kl_of, slow_kl, lambda: (2 * randn(3, 6, 2, 4),),
+values_and_gradient("kl", "any posterior", kl_of, slow_kl, lambda: ((2 * randn(3, 6, 2, 4)).round(),),
                     "the values of an image are not reduced as in Sec. 3.3, or the closed form is off",
                     "mean and logvar")
 
@@ -125,7 +133,8 @@ def slow_resnet(x, width=8):
 
 @check("resnet", "norm and SiLU")
 def resnet_norm():
-    values(lambda x: fill(vae.norm_silu(8))(x), slow_silu, (features(2, 4, 6),), "the norm comes first")
+    values(lambda x: fill(vae.norm_silu(8))(x), slow_silu, (1e-3 * features(2, 4, 6),),
+           "the norm comes first, with its own eps, which counts for small values")
 
 @check("resnet", "equal widths")
 def resnet_values():
@@ -203,17 +212,28 @@ def small_lpips():
     net.register_buffer("std", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1))
     return net.requires_grad_(False).eval()
 
+def faint_lpips(bias):
+    """LPIPS whose first four maps are 0 everywhere and whose last is `bias`."""
+    net = small_lpips()
+    for p in net.features.parameters():
+        p.zero_()
+    net.features[-3].bias.fill_(bias)
+    return net
+
 def distance(x, x_hat):
     return small_lpips()(x, x_hat)
 
-def slow_maps(x):
-    net, maps = small_lpips().double(), []
+def slow_maps(x, net=None):
+    net, maps = (net or small_lpips()).double(), []
     h = (x - net.mean) / net.std
     for layer in net.features:
         if isinstance(layer, nn.MaxPool2d):
             maps.append(h / torch.sqrt(h.square().sum(1, keepdim=True) + 1e-10))
         h = h.clamp(min=0) if isinstance(layer, nn.ReLU) else layer(h)
     return maps
+
+def slow_six_maps(x):
+    return [*slow_maps(x), slow_maps(x, faint_lpips(1e-4))[4]]
 
 def slow_distance(x, x_hat):
     pairs = zip(small_lpips().double().lin, slow_maps(x), slow_maps(x_hat))
@@ -229,7 +249,8 @@ def lpips_shapes():
 
 @check("lpips", "five maps")
 def lpips_maps():
-    values(lambda x: small_lpips().unit_features(x), slow_maps, (randn(2, 3, 32, 48),),
+    values(lambda x: [*small_lpips().unit_features(x), faint_lpips(1e-4).unit_features(x)[4]],
+           slow_six_maps, (randn(2, 3, 32, 48),),
            "normalised input, maps after ReLU and before pooling, each position's vector of length 1", 1e-3)
 
 @check("lpips", "distance")
@@ -242,10 +263,7 @@ def lpips_gradient():
     x, x_hat = randn(1, 3, 32, 32), randn(1, 3, 32, 32, seed=1)
 
     def work():
-        net = small_lpips()    # a network whose map is 0 everywhere: vectors of length 0
-        net.features = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.MaxPool2d(2, 2))
-        nn.init.zeros_(net.features[0].weight)
-        dead = derivative(lambda v: net(x, v), [x_hat.clone()], "x_hat")
+        dead = derivative(lambda v: faint_lpips(0.0)(x, v), [x_hat.clone()], "x_hat")    # vectors of length 0
         return dead, derivative(distance, [x.clone(), x_hat.clone()], "x_hat")
     dead, (at_x, at_x_hat) = student(work)
     want = derivative(slow_distance, [x.double(), x_hat.double()], "x_hat")

@@ -1,6 +1,6 @@
 """Checks of set 3, LightningDiT. No student's process sees the slow_ functions."""
 from checks import F, check, close, dit, fill, gradient, math, near, nn, ok, randn, student, torch, types
-from checks import values
+from checks import and_gradient, values
 
 # --- parts ----------------------------------------------------------------------------------------------
 @check("parts", "modulate", public=True)
@@ -77,7 +77,11 @@ def parts_norms():
 
 @check("parts", "float16")
 def parts_half():
-    got = student(lambda: dit.RMSNorm(4)(torch.full((1, 4), 300.0, dtype=torch.float16)))
+    def work():
+        out = dit.RMSNorm(4)(torch.full((1, 4), 300.0, dtype=torch.float16))
+        return out, out.requires_grad
+    got, learns = student(work)
+    ok(learns, "no gradient reaches self.weight")
     close(got, torch.ones(1, 4), "300^2 overflows in float16: compute in float32", 2e-3, "any")
 
 @check("parts", "gradient")
@@ -93,10 +97,12 @@ def parts_drop():
 
     def work():
         embedder = numbered_labels(0.3)
-        rows = [embedder.train()(y, None), embedder(y, None), embedder.eval()(y, None),
-                numbered_labels(0.0).train()(y, None)]
-        return [row.flatten() for row in rows]
-    one, two, evaluated, never = student(work)
+        rows = [embedder.train()(y, None), embedder(y, None), embedder(y, torch.zeros(len(y)).bool()),
+                embedder.eval()(y, None), numbered_labels(0.0).train()(y, None)]
+        return rows[0].requires_grad, *(row.flatten() for row in rows)
+    learns, one, two, told, evaluated, never = student(work)
+    ok(learns, "no gradient reaches self.embedding_table")
+    close(told, y, "drop is given and no label is dropped, in training")
     near((one == 10).view(2000, 10).double().mean(0), [0.3] * 10, 0.06,
          "in training a share dropout_prob becomes the null class, each label by itself")
     ok(bool(((one == 10) | (one == y)).all()), "labels that are kept stay what they are")
@@ -174,11 +180,11 @@ def waves_of(embedder, t):
     handle = embedder.mlp[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
     out = embedder(t)
     handle.remove()
-    return seen[0], out
+    return seen[0], out, out.requires_grad
 
 @check("waves", "time", public=True)
 def waves_time():
-    waves, _ = student(lambda: waves_of(dit.TimestepEmbedder(8), torch.tensor([0.0, 1.0])))
+    waves, *_ = student(lambda: waves_of(dit.TimestepEmbedder(8), torch.tensor([0.0, 1.0])))
     close(waves[0], [1.0] * 128 + [0.0] * 128, "t = 0: cosines first, then sines")
     close(waves[1, [0, 1, 128, 129]], [0.540302, 0.597382, 0.841471, 0.801957],
           "t = 1: cosine and sine of the first two frequencies, 1 and 0.9306")
@@ -190,15 +196,16 @@ def slow_waves(t):
 @check("waves", "any time")
 def waves_times():
     t = torch.tensor([0.013, 0.5, 0.97, 37.0, 999.0])
-    waves, out = student(lambda: waves_of(fill(dit.TimestepEmbedder(8)), t))
+    waves, out, learns = student(lambda: waves_of(fill(dit.TimestepEmbedder(8)), t))
     want, mlp = slow_waves(t.double()), fill(dit.TimestepEmbedder(8)).mlp
     close(waves, want, "t as it comes, times 10000^(-i / 128)", 1e-3)
     close(out, mlp.double()(want), "the waves go through self.mlp", 5e-3)
+    ok(learns, "no gradient reaches self.mlp")
 
 @check("waves", "a bfloat16 model")
 def waves_half():
     t = torch.tensor([999.0])
-    waves, out = student(lambda: waves_of(dit.TimestepEmbedder(8).to(torch.bfloat16), t))
+    waves, out, _ = student(lambda: waves_of(dit.TimestepEmbedder(8).to(torch.bfloat16), t))
     close(waves, slow_waves(t.double()), "angles are computed in float32, and only the waves become bfloat16",
           0.02, "bfloat16")
     ok(str(out.dtype) == "torch.bfloat16", "the MLP answers in its own dtype")
@@ -244,8 +251,8 @@ def slow_unpatchify(p, channels, x):
 
 @check("unpatchify", "any sizes")
 def unpatchify_values():
-    values(lambda *xs: [unpatchify(p, c, x) for (p, c, _), x in zip(UNPATCHIFY, xs)],
-           lambda *xs: [slow_unpatchify(p, c, x) for (p, c, _), x in zip(UNPATCHIFY, xs)],
+    values(and_gradient(lambda *xs: [unpatchify(p, c, x) for (p, c, _), x in zip(UNPATCHIFY, xs)]),
+           and_gradient(lambda *xs: [slow_unpatchify(p, c, x) for (p, c, _), x in zip(UNPATCHIFY, xs)]),
            [randn(2, s * s, p * p * c) for p, c, s in UNPATCHIFY],
            "tokens row by row, within a token the channel fastest")
 
@@ -279,13 +286,15 @@ def switches_norms():
 @check("switches", "the width of SwiGLU")
 def switches_width():
     def work():
-        narrow = dit.Block(24, 2, 2.5, False, True, False)
-        return weights_of(False, True, False), list(narrow.mlp.w12.weight.shape)
+        swiglu, plain = (dit.Block(24, 2, 2.49, False, switch, False) for switch in (True, False))
+        shapes = [list(swiglu.mlp.w12.weight.shape), list(plain.mlp.fc1.weight.shape)]
+        return weights_of(False, True, False), shapes
     got, narrow = student(work)
     swiglu = {"mlp.w12.weight": [84, 16], "mlp.w12.bias": [84],
               "mlp.w3.weight": [16, 42], "mlp.w3.bias": [16]}
     same_weights(got, COMMON | swiglu, "with SwiGLU")
-    close(narrow, [80, 24], "with D = 24 and mlp_ratio 2.5, w12 has this shape", kind="number")
+    close(narrow, [[78, 24], [59, 24]], "with D = 24 and mlp_ratio 2.49, w12 and fc1 have these shapes",
+          kind="number")
 
 @check("switches", "adaLN")
 def switches_adaln():
@@ -320,13 +329,14 @@ def slow_attention(attn, rope=lambda v: v):
     return forward
 
 def scaled(v):
-    """In the place of RoPE: a factor for each token and channel of a head."""
-    return v * (1 + torch.arange(v.shape[-1] * v.shape[-2]).view(v.shape[-2:]).to(v) / 10)
+    """In the place of RoPE: a factor for each token and channel of a head, and channels mix."""
+    return v * (1 + torch.arange(v.shape[-1] * v.shape[-2]).view(v.shape[-2:]).to(v) / 10) + v.flip(-1)
 
 @check("attention", "several heads")
 def attention_values():
     attn = fill(dit.Attention(12, 3, False, True))
-    values(lambda x: attn(x, None), slow_attention(attn), (randn(2, 5, 12, seed=40),),
+    values(and_gradient(lambda x: attn(x, None)), and_gradient(slow_attention(attn)),
+           (randn(2, 5, 12, seed=40),),
            "each head attends with its own D / heads channels of q, k and v", 1e-3)
 
 @check("attention", "RoPE")

@@ -27,7 +27,7 @@ def integrated(method):
     times, x = [], start()
 
     def velocity(x, t):
-        times.append(float(t))
+        times.append((float(t), list(getattr(t, "shape", "a number"))))
         return curved(x, t)
     return method(velocity, x, uneven()), times, x
 
@@ -37,7 +37,8 @@ def compare_integral(got, step, times):
         want = step(want, t, after - t)
     ok(x.is_floating_point() and x.element_size() >= 4, f"x is a float tensor: got {x.dtype}")
     close(x, want, "x after all steps", kind="any")
-    near(sorted(seen), sorted(times), 1e-6, "when the velocity is evaluated")
+    near(sorted(t for t, _ in seen), sorted(times), 1e-6, "when the velocity is evaluated")
+    ok(not any(shape for _, shape in seen), "the velocity gets a time of ts as it is, a 0-d tensor")
     ok(torch.equal(given, start()), "x itself must not be changed")
 
 def slow_euler(x, t, h):
@@ -58,7 +59,9 @@ def shift_example():
     close(got[0], [0.0, 0.230769, 1.0], "shift 0.3")
     close(got[1], [0.0, 0.5, 1.0], "shift 1 changes nothing")
     close(got[2], 0.230769, "a number, too", kind="number")
+    ok(isinstance(got[2], float), "a number for a number, not a tensor")
     close(got[3], [0.0, 0.230769, 1.0], "a grid of three points", kind="float64")
+    ok(got[3][0] == 0 and got[3][2] == 1, f"0 and 1 stay exactly what they are: got {got[3].tolist()}")
 
 def slow_shift(t, s):
     return s * t / (1 + (s - 1) * t)
@@ -161,36 +164,37 @@ def guidance_model():
     got = student(lambda: [seen for _, seen in guide_all(*latents())])
     for (null, _, channels), seen in zip(GUIDED, got):
         times, classes = [t for _, ts, _ in seen for t in ts], [c for _, _, ys in seen for c in ys]
-        near(times, [0.3] * len(times), 1e-6, "the model gets t for each of its rows")
+        near(times, [0.3] * len(classes), 1e-6, "the model gets t for each of its rows")
         ok(all(dtype == "torch.float32" for dtype, _, _ in seen), "times have the dtype of x")
         extra = [] if channels == 0 and len(classes) == 3 else 3 * [9 if null is None else null]
         ok(sorted(classes) == sorted([0, 2, 5] + extra), "the model sees each class and the null class, once")
 
 # scale, time, start of the interval, whether there is guidance
 INTERVAL = ((3.0, 0.25, 0.25, True), (3.0, 0.2, 0.25, False), (3.0, "0-d", 0.25, False),
-            (1.0, 0.9, 0.25, False), (0.0, 0.9, 0.25, True), (3.0, 0.0, 0.0, True))
+            (1.0, 0.9, 0.25, False), (0.0, 0.9, 0.25, True), (3.0, 0.0, 0.0, True), (3.0, 1.0, 0.0, True))
 
 @check("guidance", "the interval")
 def guidance_interval():
     def work():
         out, (x, _) = [], latents()
         for scale, t, begin, _ in INTERVAL:
-            model, t = ClassModel(), torch.tensor(0.2) if t == "0-d" else t
-            v = sample.guided_velocity(model, x[:2], t, torch.tensor([1, 4]), scale, interval_start=begin)
-            out.append((v, sum(len(y) for _, _, y in model.seen)))
+            model, t, y = ClassModel(), torch.tensor(0.2) if t == "0-d" else t, torch.tensor([1, 4])
+            v = sample.guided_velocity(model, x[:2].double(), t, y, scale, interval_start=begin)
+            out.append((v, sum(len(y) for _, _, y in model.seen), [dtype for dtype, _, _ in model.seen]))
         return out
     plain = torch.tensor([2.0, 5.0]).view(2, 1, 1, 1).expand(2, 4, 2, 2)
-    for (scale, t, begin, guided), (v, rows) in zip(INTERVAL, student(work)):
+    for (scale, t, begin, guided), (v, rows, dtypes) in zip(INTERVAL, student(work)):
         where = f"scale {scale}, t = {t}, interval from {begin}"
-        close(v, 1 + scale * (plain - 1) if guided else plain, where)
+        close(v, 1 + scale * (plain - 1) if guided else plain, where, kind="float64")
+        ok(set(dtypes) == {"torch.float64"}, f"for a float64 x, times are float64: got {', '.join(dtypes)}")
         need = 4 if guided else 2
         ok(rows == need, f"{where}: the model must see {need} rows, not {rows}")
 
 # --- draw -----------------------------------------------------------------------------------------------
-def drawn(indices, labels="random", seed=3, listed=(0, 1, 2, 3, 4)):
+def drawn(indices, labels="random", seed=3, listed=(0, 1, 2, 3, 4), function=None):
     system = types.SimpleNamespace(shape=(2, 3, 3), device=torch.device("cpu"), classes=list("abcde"),
                                    listed=listed, model=None)
-    return sample.draw(system, types.SimpleNamespace(seed=seed, labels=labels), indices)
+    return (function or sample.draw)(system, types.SimpleNamespace(seed=seed, labels=labels), indices)
 
 @check("draw", "shapes", public=True)
 def draw_shapes():
@@ -219,11 +223,18 @@ def draw_repeat():
 
 @check("draw", "classes")
 def draw_classes():
-    balanced, listed, random = student(lambda: (
-        drawn(range(7), "balanced")[1], drawn([4, 0, 7], "3,1", listed=[3, 1])[1], drawn(range(4000))[1]))
+    kinds = "random", "balanced"
+    balanced, listed, random, seeded, single = student(lambda: (
+        drawn(range(7), "balanced")[1], drawn([4, 0, 7], "3,1", listed=[3, 1])[1], drawn(range(4000))[1],
+        drawn(range(4000), seed=5)[1],
+        [[drawn(i, labels, function=sample.class_of) for i in range(7)] for labels in kinds]))
     ok(balanced.tolist() == [0, 1, 2, 3, 4, 0, 1], "balanced: sample i has class i mod 5")
     ok(listed.tolist() == [3, 3, 1], "a list: sample i has its entry i mod the length")
     near(torch.bincount(random, minlength=5).double() / 4000, [0.2] * 5, 0.025, "random: all classes alike")
+    near((random[1:] == random[:-1]).double().mean(), 0.2, 0.03, "random: independent of other samples'")
+    near((random == seeded).double().mean(), 0.2, 0.03, "random: another seed gives other classes")
+    ok(list(map(list, single)) == [random[:7].tolist(), balanced.tolist()]
+       and all(type(c) is int for c in single[0] + single[1]), "class_of gives draw's classes, as int")
 
 @check("draw", "noise")
 def draw_noise():
