@@ -48,10 +48,12 @@ def posterior_draws():
 
     def work():
         given, half = moments.clone().requires_grad_(), moments[:, :, :2].half()
-        one = sample_of(given, None)
+        q = vae.Posterior(given)
+        one = q.sample(None)
         grad, = torch.autograd.grad(one.sum(), given)
-        return one, vae.Posterior(moments).sample(), grad, str(vae.Posterior(half).sample().dtype)
-    one, two, grad, dtype = student(work)
+        return (one, q.sample(), grad, torch.cat([q.mean, q.logvar], 1),
+                str(vae.Posterior(half).sample().dtype))
+    one, two, grad, after, dtype = student(work)
     z = (one - 5) / 0.5
     ok(z.shape == (2, 2, 60, 60), "without noise given, z has the shape of the mean")
     near(z.mean(), 0.0, 0.1, "drawn noise has mean 0")
@@ -60,10 +62,13 @@ def posterior_draws():
     near(torch.corrcoef(z.flatten(2).flatten(0, 1)), torch.eye(4), 0.1, "each value has noise of its own")
     ok(not torch.equal(one, two), "two calls must draw different noise")
     close(grad, torch.cat([torch.ones_like(z), z / 4], 1), "where noise is drawn, gradients reach both, too")
+    ok(torch.equal(after, moments), "mean and logvar themselves must not be changed")
     ok(dtype == "torch.float16", f"z has the dtype of the mean, float16: got {dtype}")
 
 def kl_of(moments):
-    return vae.Posterior(moments).kl()
+    q = vae.Posterior(moments)
+    q.kl()
+    return q.kl()    # of a posterior that the first call has not changed
 
 def slow_kl(moments):
     mean, logvar = moments.chunk(2, dim=1)
@@ -213,10 +218,13 @@ def small_lpips():
     return net.requires_grad_(False).eval()
 
 def faint_lpips(bias):
-    """LPIPS whose first four maps are 0 everywhere and whose last is `bias`."""
+    """LPIPS whose first four maps are 0 everywhere and whose last is `bias`; its ReLUs would stop a NaN."""
     net = small_lpips()
-    for p in net.features.parameters():
-        p.zero_()
+    for layer in net.features:
+        for p in layer.parameters():
+            p.zero_()
+        if isinstance(layer, nn.ReLU):
+            layer.forward = lambda x: x
     net.features[-3].bias.fill_(bias)
     return net
 

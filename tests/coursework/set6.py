@@ -111,6 +111,7 @@ class ClassModel:
         return (torch.where(y == 9, 0, y).to(x.dtype) + 1).view(-1, 1, 1, 1).expand(x.shape).clone()
 
     def __call__(self, x, t, y):
+        ok(y.dtype == torch.int64, f"the model gets classes of {y.dtype}, expected torch.int64")
         self.seen.append((str(t.dtype), t.double().tolist(), y.tolist()))
         return self.velocity(x, t, y)
 
