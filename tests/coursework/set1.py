@@ -13,14 +13,16 @@ def hinge_discriminator():
     real, fake = torch.tensor([3.0, 0.0]).view(2, 1, 1, 1), torch.tensor([-2.0, 1.0]).view(2, 1, 1, 1)
     close(student(lambda: train_vae.hinge_discriminator(real, fake)), 0.75, "the two hinges, halved")
 
-def both_hinges(real, fake):
-    return train_vae.hinge_generator(fake), train_vae.hinge_discriminator(real, fake)
+def both_hinges(*logits):
+    return [loss for real, fake in (logits, logits[::-1])
+            for loss in (train_vae.hinge_generator(fake), train_vae.hinge_discriminator(real, fake))]
 
-def slow_hinges(real, fake):
-    return [-fake.mean(), ((1 - real).clamp(min=0).mean() + (1 + fake).clamp(min=0).mean()) / 2]
+def slow_hinges(*logits):
+    return [loss for real, fake in (logits, logits[::-1])
+            for loss in (-fake.mean(), ((1 - real).clamp(min=0).mean() + (1 + fake).clamp(min=0).mean()) / 2)]
 
 values_and_gradient("hinge", "any logits", both_hinges, slow_hinges,
-                    lambda: (2 * randn(9), 2 * randn(12, seed=1)),
+                    lambda: (2 * randn(9), 2 * randn(2, 1, 3, 4, seed=1)),
                     "real and fake logits each have a mean of their own", "the real logits, the fake logits")
 
 # --- posterior, kl --------------------------------------------------------------------------------------

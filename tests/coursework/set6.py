@@ -171,7 +171,7 @@ def guidance_model():
         ok(sorted(classes) == sorted([0, 2, 5] + extra), "the model sees each class and the null class, once")
 
 # scale, time, start of the interval, whether there is guidance
-INTERVAL = ((3.0, 0.25, 0.25, True), (3.0, 0.2, 0.25, False), (3.0, "0-d", 0.25, False),
+INTERVAL = ((3.0, 0.25, 0.25, True), (3.0, 0.2499, 0.25, False), (3.0, "0-d", 0.25, False),
             (1.0, 0.9, 0.25, False), (0.0, 0.9, 0.25, True), (3.0, 0.0, 0.0, True), (3.0, 1.0, 0.0, True))
 
 @check("guidance", "the interval")
