@@ -287,14 +287,14 @@ def switches_norms():
 def switches_width():
     def work():
         swiglu, plain = (dit.Block(24, 2, 2.49, False, switch, False) for switch in (True, False))
-        shapes = [list(swiglu.mlp.w12.weight.shape), list(plain.mlp.fc1.weight.shape)]
+        shapes = [list(swiglu.mlp.w12.weight.shape), list(plain.mlp.fc1.weight.shape), [plain.attn.num_heads]]
         return weights_of(False, True, False), shapes
     got, narrow = student(work)
     swiglu = {"mlp.w12.weight": [84, 16], "mlp.w12.bias": [84],
               "mlp.w3.weight": [16, 42], "mlp.w3.bias": [16]}
     same_weights(got, COMMON | swiglu, "with SwiGLU")
-    close(narrow, [[78, 24], [59, 24]], "with D = 24 and mlp_ratio 2.49, w12 and fc1 have these shapes",
-          kind="number")
+    close(narrow, [[78, 24], [59, 24], [2]],
+          "D = 24, two heads, mlp_ratio 2.49: the shapes of w12 and fc1, attn.num_heads", kind="number")
 
 @check("switches", "adaLN")
 def switches_adaln():
