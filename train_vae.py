@@ -80,7 +80,9 @@ class Settings:
     batch_size: int = 256  # images per step, over all processes
     lr: float = 1e-4  # learning rate of Adam, constant between --warmup and --decay
     warmup: int = 0  # first steps, over which the rate rises to --lr (our choice, for the miniature)
-    decay: int = 0  # last steps, over which the rate falls to 0 (our choice, for the miniature)
+    decay: int = 0
+        # last steps, over which the rate falls to 0 (our choice, for the miniature); a finished run that is
+        # continued with more --steps rises again and falls again
     epochs: float = opt(50.0, same=False)  # passes over the training images [Sec. 6.2]
     steps: int = opt(0, same=False)  # training steps; 0: as many as the epochs make
     # --- how it runs. Of these, only seed, device and precision (and chunks, through BatchNorm) change the

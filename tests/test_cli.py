@@ -37,8 +37,8 @@ import train_vae
 ROOT = Path(__file__).resolve().parents[1]
 # "run" trains with all parts of the tokenizer's loss that need no download; the discriminator joins late
 VAE = ("train_vae.py --out run --data photos --image-size 24 --spec mini-f4d4 --batch-size 8 --warmup 0 "
-       "--teacher-steps 3 --lr 1e-3 --disc-weight 0.5 --disc-start 6 --log-every 1 --save-every 2 --seed 3 "
-       "--steps 8")
+       "--decay 0 --teacher-steps 3 --lr 1e-3 --disc-weight 0.5 --disc-start 6 --log-every 1 --save-every 2 "
+       "--seed 3 --steps 8")
 DIT = ("train_dit.py --out run --size mini-XS --batch-size 8 --lr 1e-3 --log-every 1 --save-every 2 "
        "--sample-every 0 --extract-batch 1 --seed 3 --steps 8")
 SAMPLE = "sample.py --out run --num 13 --sampling-steps 4 --batch-size 4"
