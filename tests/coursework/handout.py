@@ -167,5 +167,5 @@ def handout(folder, number):
     (folder / "requirements.txt").write_text((ROOT / "requirements.txt").read_text() + "pytest\nmatplotlib\n")
     (folder / f"test_set{number}.py").write_text(public_tests(of_set(number)))
     extra = [HERE / "experiments.md"] if number == SETS[-1] else []
-    for path in [*HERE.glob(f"run_set{number}*.py"), *extra]:
+    for path in [ROOT / "tests" / "DEVIATIONS.md", *HERE.glob(f"run_set{number}*.py"), *extra]:
         shutil.copy(path, folder)
