@@ -218,6 +218,8 @@ def grade_one(worker, folder, key, timeout=60.0):
     mark = Mark(e, note, results, look, time.monotonic() - start)
     if mark.score == e.total and copied(source, e):
         look.append("the published solution, word for word")
+    if any("the grader failed" in (result or "") for result in results):  # a mistake in a check, not theirs
+        look.append("the grader failed: repair the check and grade again")
     return mark
 
 def grade(folders, keys, timeout=60.0, jobs=2, report=None):
