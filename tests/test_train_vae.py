@@ -178,6 +178,12 @@ def test_train_tells_train_step_the_batch_and_resumes_where_it_was(tiny, monkeyp
     assert [row[0] for row in seen[8:]] == [6, 7]
 
 
+def test_adam_remembers_longer_without_a_discriminator(tiny):
+    for weight, betas in ((0.5, (0.5, 0.9)), (0, (0.9, 0.99))):
+        run = train_vae.Run(tiny("--lpips-weight", 0, "--disc-weight", weight), ONE, None)
+        assert {optimizer.param_groups[0]["betas"] for optimizer in run.optimizers} == {betas}
+
+
 def test_the_long_recipe_is_a_chain_by_init(tiny, monkeypatch, tmp_path):
     """A stage starts from all weights of the one before, including W and the discriminator, with a new
     Adam."""
