@@ -269,6 +269,25 @@ def test_hostile_code_costs_its_own_exercise(grader, name):
     assert all((ROOT / file).exists() for file in SCRIPTS)
 
 
+def test_a_check_that_breaks_is_the_graders_fault(grader, monkeypatch):
+    """It is reported beside the mark."""
+    import checks
+    import judge
+    monkeypatch.setitem(checks.CHECKS, "psnr", [("worked example", True, lambda: nothing)] * 2)  # noqa: F821
+    verdict = judge.compare("psnr", 5, 0, 1.0)
+    assert verdict.startswith("the grader failed in this check (NameError")
+    monkeypatch.undo()
+    monkeypatch.setattr(grade.Worker, "compare", lambda *_: verdict)
+    mark = grader.mark("psnr", answered("psnr", {}))
+    assert not mark.score and "the grader failed: repair the check and grade again" in mark.look
+
+
+def test_a_worker_that_was_killed_is_started_again(grader):
+    grader.mark("psnr", answered("psnr", {}))
+    grader.worker.process.kill()
+    assert grader.mark("psnr", answered("psnr", {})).score == EXERCISES["psnr"].total
+
+
 def test_broken_files(grader):
     """Each costs its file's exercises and says where."""
     source = answered("eq2", {"marginal_cosine_loss": GOOD})
@@ -357,6 +376,8 @@ def test_a_class_in_one_command(tmp_path):
         (tmp_path / "in" / name).mkdir(parents=True)
         (tmp_path / "in" / name / "vf_loss.py").write_text(text)
         (tmp_path / "in" / name / "exercises.txt").write_text("eq2\n")
+    stray = tmp_path / "in" / "readme.txt"
+    stray.write_text("not a submission")
     done = run("tests/coursework", "grade", *sorted((tmp_path / "in").iterdir()), "--exercises", "eq2", "eq3",
                "--jobs", 1, "--json", tmp_path / "results.json", "--csv", tmp_path / "marks.csv")
     points = EXERCISES["eq2"].total + EXERCISES["eq3"].total
@@ -367,6 +388,8 @@ def test_a_class_in_one_command(tmp_path):
     assert [row["submission"] for row in rows] == ["ada", "bob", "cy", "di"]
     assert [row["eq2"] for row in rows] == [str(EXERCISES["eq2"].total), "0", "0", "0"]
     assert rows[0]["total"] == rows[0]["possible"] == str(points) and "eq2: exec, open" in rows[3]["look"]
+    assert not rows[0]["look"] and "eq3: vf_loss.py, line 1" in rows[1]["look"]
+    assert f"{stray} is not a folder and is left out" in done.stderr
     results = {Path(k).name: v for k, v in json.loads((tmp_path / "results.json").read_text()).items()}
     assert results["ada"]["score"] == points and results["bob"]["score"] == 0
     for test in results["cy"]["tests"]:
@@ -501,12 +524,9 @@ def test_the_instructor_s_table_is_the_course():
 
 
 def test_the_readme_s_numbers_are_the_course_s():
-    """The README is checked once it describes this course; its draft is checked until then."""
     text = (ROOT / "README.md").read_text()
-    if "tests/coursework/" not in text:
-        pytest.skip("the README still describes the old course")
     asked = [n for s in SETS for _, n in questions(TEXTS[s])]
-    points = sum(e.total for e in EXERCISES.values()) + sum(asked)
+    points = sum(e.total for e in EXERCISES.values()) + sum(asked) + course.RUN_POINTS * len(SETS)
     minutes = sum(e.minutes for e in EXERCISES.values()) + 5 * sum(asked)
     section = " ".join(text[text.index("## In a course"):].split("\n## ")[0].split())
     for words in (f"{len(EXERCISES)} exercises", f"{len(asked)} questions", f"{points} points",

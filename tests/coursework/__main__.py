@@ -16,7 +16,7 @@ import os
 import sys
 from pathlib import Path
 
-from course import EXERCISES, HERE, NAMES, ROOT, SETS, TEXTS, of_set, questions
+from course import EXERCISES, HERE, NAMES, ROOT, RUN_POINTS, SETS, TEXTS, of_set, questions
 from grade import grade, gradescope, print_marks, write_csv
 from handout import Refused, handout
 from worker import find
@@ -31,7 +31,7 @@ def list_exercises():
         extra = sum(n for _, n in asked)
         minutes = sum(e.minutes for e in found) + 5 * extra
         print(f"set {s}, {NAMES[s]}: {len(found)} exercises of {sum(e.total for e in found)} points and "
-              f"{len(asked)} questions of {extra}; about {minutes / 60:.1f} hours")
+              f"{len(asked)} questions of {extra}, {RUN_POINTS} for the run; about {minutes / 60:.1f} hours")
 
 def print_solutions(number):
     for e in of_set(number):
@@ -78,14 +78,16 @@ def main():
         else:
             if not (a.set or a.exercises):
                 parser.error("grade needs --set N or --exercises KEY ..., since no folder decides this")
-            for folder in a.dirs:
-                if not Path(folder).is_dir():
-                    parser.error(f"{folder} is not a folder")
+            dirs = [path for path in a.dirs if Path(path).is_dir()]
+            for path in (path for path in a.dirs if path not in dirs):
+                print(f"{path} is not a folder and is left out", file=sys.stderr)
+            if not dirs:
+                parser.error("there is no folder to grade")
             keys = a.exercises or [e.key for e in of_set(a.set)]
-            results = grade(a.dirs, keys, a.timeout, a.jobs, print_marks)
+            results = grade(dirs, keys, a.timeout, a.jobs, print_marks)
             if a.json:
                 found = {folder: gradescope(marks) for folder, marks in results.items()}
-                Path(a.json).write_text(json.dumps(found[a.dirs[0]] if len(a.dirs) == 1 else found, indent=1))
+                Path(a.json).write_text(json.dumps(found[dirs[0]] if len(dirs) == 1 else found, indent=1))
             if a.csv:
                 write_csv(a.csv, results)
     except Refused as error:

@@ -21,6 +21,7 @@ ROOT = HERE.parents[1]
 SCRIPTS = ("vae.py", "vf_loss.py", "dit.py", "train_vae.py", "train_dit.py", "sample.py", "fid.py")
 SETS = (1, 2, 3, 4, 5, 6)
 TIERS = ("warm-up", "core", "design")
+RUN_POINTS = 3    # for each set's "Now run it", marked by hand
 
 @dataclass
 class Check:

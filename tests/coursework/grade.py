@@ -129,7 +129,7 @@ class Worker:
     def compare(self, exercise, index, answer):
         """The judge's verdict about an answer: None, or what is wrong."""
         tell(self.questions, [exercise.key, exercise.set, index, answer])
-        return json.loads(self.verdicts.readline() or '"the grader failed in this check"')
+        return json.loads(self.verdicts.readline())
 
     def ask(self, job):
         """[messages, end]; a worker that was killed, perhaps by the job before, is started again once."""
@@ -280,11 +280,14 @@ def gradescope(marks):
             "output": f"{score} of {most} points; hidden checks are explained after the due date"}
 
 def write_csv(path, results):
-    """A line for each folder: its name, total, possible, each exercise's points, and what to look at."""
+    """A line for each folder: its name, total, possible, each exercise's points, and what to look at, which is
+    also why an exercise that was attempted got no point."""
     marks = next(iter(results.values()))
     with open(path, "w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["submission", "total", "possible", *(m.exercise.key for m in marks), "look"])
         for folder, marks in results.items():
-            look = "; ".join(f"{m.exercise.key}: {', '.join(m.look)}" for m in marks if m.look)
+            failed = [m for m in marks if not m.score and "not attempted" not in m.reason]
+            found = [(m, ", ".join([*m.look, *([m.reason] if m in failed else [])])) for m in marks]
+            look = "; ".join(f"{m.exercise.key}: {words}" for m, words in found if words)
             table.writerow([Path(folder).resolve().name, *totals(marks), *(m.score for m in marks), look])

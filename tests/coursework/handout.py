@@ -5,7 +5,7 @@ import shutil
 import textwrap
 from pathlib import Path
 
-from course import EXERCISES, HERE, NAMES, ROOT, SCRIPTS, SETS, TEXTS, of_set, questions
+from course import EXERCISES, HERE, NAMES, ROOT, RUN_POINTS, SCRIPTS, SETS, TEXTS, of_set, questions
 from worker import bound, find
 
 # What an exercise asks the paper for, the handout does not say. Here the docstring of a function ends before:
@@ -108,8 +108,8 @@ def public_tests(exercises):
 
 # --- The texts ------------------------------------------------------------------------------------------
 RULES = """\
-{exercises} exercises and {questions} questions, {points} points, about {hours:.0f} hours, on the paper
-*Reconstruction vs. Generation* (arXiv 2501.01423). Have it beside you: [Eq. 2] and the like say where to
+{exercises} exercises, {questions} questions and a run, {points} points, on the paper *Reconstruction vs.
+Generation* (arXiv 2501.01423): about {hours:.0f} hours besides reading it. Have it beside you: [Eq. 2] and the like say where to
 look, and formulas that the paper prints are not repeated here.
 
 **What to do.** In the scripts the functions of the table below have lost their bodies: look for `# YOUR
@@ -123,7 +123,8 @@ dtypes, gradients, inputs that must stay as they are. Any right solution passes,
 exercise is marked with all others right, so a mistake costs once.
 
 **What to hand in.** {files}, your answers to the questions, and the number that "Now run
-it" asks for.
+it" asks for: {run} points, two for numbers or a picture in the range that is named there, one for what you
+write about them.
 """
 HINT = re.compile(r"^\*\*Hint (\d)\.\*\* (.+(?:\n(?!\n).+)*)", re.MULTILINE)
 
@@ -131,7 +132,7 @@ def assignment(number):
     """ASSIGNMENT.md of a set."""
     chosen, text = of_set(number), TEXTS[number]
     asked = questions(text)
-    points = sum(e.total for e in chosen) + sum(n for _, n in asked)
+    points = sum(e.total for e in chosen) + sum(n for _, n in asked) + RUN_POINTS
     hours = (sum(e.minutes for e in chosen) + 5 * sum(n for _, n in asked)) / 60
     earlier = ", ".join(f"{s} ({NAMES[s]})" for s in SETS if s < number)
     given = (f"Solved and given are the functions of set {earlier}; those of later sets are empty, too, and "
@@ -147,7 +148,7 @@ def assignment(number):
     text = HINT.sub(r"<details><summary>Hint \1</summary>\n\n\2\n\n</details>", text)
     title, _, rest = text.partition("\n")
     rules = RULES.format(exercises=len(chosen), questions=len(asked), points=points, hours=hours, given=given,
-                         files=files)
+                         files=files, run=RUN_POINTS)
     return "\n".join([title, "", rules, *table]) + "\n" + rest
 
 def handout(folder, number):

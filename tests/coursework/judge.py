@@ -20,6 +20,8 @@ def compare(key, number, index, answer):
         return str(error)
     except ERRORS as error:
         return f"the answer has another form than the text says ({type(error).__name__}: {error})"
+    except Exception as error:   # noqa: BLE001  a mistake in the check
+        return f"the grader failed in this check ({type(error).__name__}: {error})"
     finally:
         checks.RECORD.clear()
     return None

@@ -4,8 +4,8 @@ from itertools import pairwise
 from checks import check, close, near, ok, randn, sample, student, torch, types, values
 
 
-# --- euler, shift, heun ---------------------------------------------------------------------------------
-@check("euler", "worked example", public=True)
+# --- euler ----------------------------------------------------------------------------------------------
+@check("euler", "Euler's example", public=True)
 def euler_example():
     ts = torch.tensor([0.0, 0.5, 1.0])
     one, two = student(lambda: (sample.euler(lambda x, t: x, torch.ones(1), ts),
@@ -44,10 +44,27 @@ def compare_integral(got, step, times):
 def slow_euler(x, t, h):
     return x + h * curved(x, t)
 
-@check("euler", "any velocity")
+@check("euler", "Euler for any velocity")
 def euler_values():
     compare_integral(student(lambda: integrated(sample.euler)), slow_euler, [0.1, 0.15, 0.2, 0.6])
 
+@check("euler", "Heun's example", public=True)
+def heun_example():
+    ts = torch.tensor([0.0, 1.0])
+    one, two = student(lambda: (sample.heun(lambda x, t: x, torch.ones(1), ts),
+                                sample.heun(lambda x, t: t ** 2 * torch.ones(1), torch.zeros(1), ts)))
+    close(one, [2.5], "velocity = x, one step from 1")
+    close(two, [0.5], "velocity = t^2: both ends count")
+
+def slow_heun(x, t, h):
+    return x + h / 2 * (curved(x, t) + curved(slow_euler(x, t, h), t + h))
+
+@check("euler", "Heun for any velocity")
+def heun_values():
+    compare_integral(student(lambda: integrated(sample.heun)), slow_heun,
+                     [0.1, 0.15, 0.15, 0.2, 0.2, 0.6, 0.6, 0.9])
+
+# --- shift -------------------------------------------------------------------------------------------
 def grid_settings(points, shift):
     return types.SimpleNamespace(sampling_steps=points, timestep_shift=shift)
 
@@ -82,22 +99,6 @@ def shift_grid():
     values(lambda: [sample.time_grid(grid_settings(*c)) for c in cases],
            lambda: [slow_grid(*c) for c in cases], (),
            "2, 5 and 250 points from 0 to 1, with the shifts 1, 1 and 0.3", 1e-9, "float64")
-
-@check("heun", "worked example", public=True)
-def heun_example():
-    ts = torch.tensor([0.0, 1.0])
-    one, two = student(lambda: (sample.heun(lambda x, t: x, torch.ones(1), ts),
-                                sample.heun(lambda x, t: t ** 2 * torch.ones(1), torch.zeros(1), ts)))
-    close(one, [2.5], "velocity = x, one step from 1")
-    close(two, [0.5], "velocity = t^2: both ends count")
-
-def slow_heun(x, t, h):
-    return x + h / 2 * (curved(x, t) + curved(slow_euler(x, t, h), t + h))
-
-@check("heun", "any velocity")
-def heun_values():
-    compare_integral(student(lambda: integrated(sample.heun)), slow_heun,
-                     [0.1, 0.15, 0.15, 0.2, 0.2, 0.6, 0.6, 0.9])
 
 # --- guidance -------------------------------------------------------------------------------------------
 class ClassModel:

@@ -133,7 +133,7 @@ def assemble(tree, student, names, file):
 # Not wrong in themselves, but an exercise has no use for them: a teacher should look at the code.
 SUSPICIOUS = {"open", "exec", "eval", "compile", "__import__", "importlib", "__main__", "_getframe", "f_back",
               "inspect", "gc", "ctypes", "subprocess", "os", "sys", "globals", "__globals__", "__builtins__",
-              "__subclasses__", "__file__", "pathlib", "Path", "glob", "socket", "marshal", "pickle"}
+              "__subclasses__", "__file__", "pathlib", "Path", "glob", "socket", "marshal", "pickle", "sqrtm"}
 
 def suspicious(nodes):
     used = set().union(*map(words, nodes))
@@ -245,6 +245,8 @@ def child(job, pipe, folder):
         os.closerange(3, pipe)
         os.closerange(pipe + 1, 1024)
         limits(job["timeout"])
+        with open("/proc/self/oom_score_adj", "w") as file:    # where memory runs out, this process ends first
+            file.write("1000")
         write, dumps = os.write, json.dumps
 
         def send(message):
@@ -319,6 +321,9 @@ def main():
     torch.set_num_threads(1)   # no threads: they would not live through a fork
     gc.freeze()   # what is there now need not be looked at, and so not copied, in each fork
     if os.fork() == 0:
+        # the worker's pipes are the worker's alone: the grader must see when it ends
+        reply.close()
+        os.close(0)
         sys.path[:0] = first["folders"]
         import judge
         judge.serve(*first["pipes"])
