@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields
 from itertools import pairwise
 from pathlib import Path
@@ -173,39 +174,36 @@ def commit():
 
 def run_rows(out, jobs, at_once, flags):
     """Jobs (row, seed), `at_once` of them at a time, each a process of its own with its share of the cores.
-    SIGTERM and Ctrl-C stop them; each one saves. SystemExit if a job has failed or was stopped."""
+    Ctrl-C and SIGTERM stop them; each one saves. SystemExit if a job has failed or was stopped."""
     threads = max(1, (os.cpu_count() or 1) // at_once)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    waiting, running, failed, stopped, told = list(jobs), {}, [], [], set()
+    running = []
 
-    def stop(number, frame):
-        stopped.append(number)
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    while running or (waiting and not stopped):
-        while waiting and len(running) < at_once and not stopped:
-            row, seed = waiting.pop(0)
-            log = Path(out) / row / f"seed{seed}" / "log.txt"
-            log.parent.mkdir(parents=True, exist_ok=True)
-            command = [sys.executable, Path(__file__).parent, "--row", row, "--seed", str(seed), "--out", out]
-            with open(log, "ab") as file:
-                process = subprocess.Popen([*command, *flags], env=environment, stdout=file, stderr=file)
-            running[process] = log, time.time()
-            print(f"{row}, seed {seed}: begun, see {log}", flush=True)
-        for process in running.keys() - told if stopped else ():
-            process.terminate()
-            told.add(process)
-        for process in [process for process in running if process.poll() is not None]:
-            log, began = running.pop(process)
-            failed += [log] * (process.returncode != 0)
-            result = "done"
-            if process.returncode:
-                result = "stopped" if stopped else "FAILED, see log.txt,"
-            print(f"{log.parent}: {result} after {time.time() - began:.0f} s", flush=True)
-        time.sleep(0.1)
-    for number, handler in before.items():
-        signal.signal(number, handler)
-    if stopped or failed:
-        sys.exit(f"{len(failed)} rows failed, {len(waiting)} were not begun; the same command resumes them")
+    def run_job(row, seed):
+        log, began = Path(out) / row / f"seed{seed}" / "log.txt", time.time()
+        log.parent.mkdir(parents=True, exist_ok=True)
+        print(f"{row}, seed {seed}: begun, see {log}", flush=True)
+        command = [sys.executable, Path(__file__).parent, "--row", row, "--seed", str(seed), "--out", out]
+        with open(log, "ab") as file:
+            process = subprocess.Popen([*command, *flags], env=environment, stdout=file, stderr=file)
+            running.append(process)
+            status = process.wait()
+        result = f"ended with {status}, see log.txt," if status else "done"
+        print(f"{log.parent}: {result} after {time.time() - began:.0f} s", flush=True)
+        return status != 0
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with ThreadPoolExecutor(at_once) as pool:
+        futures = [pool.submit(run_job, *job) for job in jobs]
+        try:
+            failed = sum(future.result() for future in futures)
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in running:
+                process.terminate()
+            sys.exit("stopped; the same command resumes")
+    if failed:
+        sys.exit(f"{failed} rows failed; the same command resumes them")
 
 
 # --- The picture --------------------------------------------------------------------------------------
