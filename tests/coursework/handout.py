@@ -8,31 +8,33 @@ from pathlib import Path
 from course import EXERCISES, HERE, NAMES, ROOT, RUN_POINTS, SCRIPTS, SETS, TEXTS, of_set, questions
 from worker import bound, find
 
-# What an exercise asks the paper for, the handout does not say. Here the docstring of a function ends before:
+# A handout must not say what an exercise wants looked up in the paper. These docstrings end before these
+# words:
 DOCSTRING_ENDS = {"Posterior.kl": ": a SUM", "reconstruction_loss": ": LDM's sum",
                   "marginal_cosine_loss": " margin:", "marginal_distance_matrix_loss": " margin:"}
-# And these words of the scripts are replaced up to the handout of this set: (set, file, words, by what).
+# In the handouts of sets 1 to `last`, these words are replaced: (last, file, words, replacement). `scatter`
+# of fid.py would show exercise 5.5's solution; there it paints all points in one colour.
 LEFT_OUT = [
     (1, "train_vae.py", "L_rec and the KL loss are sums over the 196,608 values of an image and ", ""),
     (1, "train_vae.py", "the 8,192 values\n    # of its latent (f16d32) [Sec. 3.3], ", ""),
-    (1, "train_vae.py", "like the likelihood and the KL divergence of a VAE. In the bound of a\n"
-                        "    # plain VAE the KL divergence has the weight 1; LDM's 1e-6 leaves only a slight pull "
-                        "towards N(0, I).", ""),
+    (1, "train_vae.py", "like the likelihood and the KL divergence of a VAE. In the bound", ""),
+    (1, "train_vae.py", " of a\n    # plain VAE the KL divergence has the weight 1;", ""),
+    (1, "train_vae.py", " LDM's 1e-6 leaves only a slight pull towards N(0, I).", ""),
     (2, "vf_loss.py", "   the latent at each position points in the direction of the feature", ""),
     (2, "vf_loss.py", "   the latents of two positions are as similar as their features", ""),
     (2, "vf_loss.py", "   the ratio of two gradient norms at the encoder's last layer", ""),
     (4, "train_dit.py", ", x_t = t x1 + (1 - t) x0, v = x1 - x0", ""),
     (5, "fid.py", "from scipy.stats import gaussian_kde\n", ""),
     (5, "fid.py", "gaussian_kde(points.T)(points.T)", "np.ones(len(points))")]
-# Rows of DEVIATIONS.md that tell how an exercise of any set is solved.
+# Rows of DEVIATIONS.md with these words tell how an exercise is solved.
 TELLING = ("+ 1e-4 in the denominator", "linspace(0, 1, 250)", "eps inside", "singular values")
 
 
 class Refused(Exception):
-    """What the command line prints, and stops."""
+    """An error that the command line prints before it stops."""
 
 def replace_body(source, name, body):
-    """Source in which the lines of this function after its docstring are these."""
+    """The source with `body` as the lines of the function `name` after its docstring."""
     (statements, i), lines = find(ast.parse(source), name), source.splitlines()
     node = statements[i]
     first, indent = node.body[0], " " * (node.col_offset + 4)
@@ -115,7 +117,8 @@ def public_tests(exercises):
 # --- The texts ------------------------------------------------------------------------------------------
 RULES = """\
 {exercises} exercises, {questions} questions and a run, {points} points, on the paper *Reconstruction vs.
-Generation* (arXiv 2501.01423): about {hours:.0f} hours besides reading it. Have it beside you: [Eq. 2] and the like say where to
+Generation* (arXiv 2501.01423): about {hours:.0f} hours for exercises and questions, besides reading
+and the run. Have it beside you: [Eq. 2] and the like say where to
 look, and formulas that the paper prints are not repeated here.
 
 **What to do.** In the scripts the functions of the table below have lost their bodies: look for `# YOUR
@@ -128,9 +131,8 @@ constants to the same file, and methods to the same class. Changes to other func
 dtypes, gradients, inputs that must stay as they are. Any right solution passes, whatever its form. Each
 exercise is marked with all others right, so a mistake costs once.
 
-**What to hand in.** {files}, your answers to the questions, and the number that "Now run
-it" asks for: {run} points, two for numbers or a picture in the range that is named there, one for what you
-write about them.
+**What to hand in.** {files}, your answers to the questions, and what "Now run it" asks for: {run}
+points, two for numbers or a picture in the range that is named there, one for what you write about them.
 """
 HINT = re.compile(r"^\*\*Hint (\d)\.\*\* (.+(?:\n(?!\n).+)*)", re.MULTILINE)
 
@@ -141,9 +143,8 @@ def assignment(number):
     points = sum(e.total for e in chosen) + sum(n for _, n in asked) + RUN_POINTS
     hours = (sum(e.minutes for e in chosen) + 5 * sum(n for _, n in asked)) / 60
     earlier = ", ".join(f"{s} ({NAMES[s]})" for s in SETS if s < number)
-    given = (f"Solved and given are the functions of set {earlier}; those of later sets are empty, too, and "
-             "nothing here needs them." if earlier else
-             "The functions of later sets are empty, too, and nothing here needs them.")
+    given = f"Solved and given are the functions of sets {earlier}. " * bool(earlier)
+    given += "The functions of later sets are empty, too, and nothing here needs them." * (number != SETS[-1])
     files = ", ".join(f"`{file}`" for file in SCRIPTS if any(e.file == file for e in chosen))
     table = ["| | key | tier | function | read | points | minutes |", "|---|---|---|---|---|---|---|"]
     for e in chosen:

@@ -245,7 +245,7 @@ def child(job, pipe, folder):
         os.closerange(3, pipe)
         os.closerange(pipe + 1, 1024)
         limits(job["timeout"])
-        with open("/proc/self/oom_score_adj", "w") as file:    # where memory runs out, this process ends first
+        with open("/proc/self/oom_score_adj", "w") as file:    # if memory runs out, this process ends first
             file.write("1000")
         write, dumps = os.write, json.dumps
 
