@@ -83,8 +83,7 @@ def study(photos, tmp_path_factory):
     patch.setattr(claims, "SCORE_NET_STEPS", 2)
     options = {**OPTIONS, "data": str(photos)}
     for row in claims.FOUR:
-        claims.run_row(out, row, 5, options)
-    claims.score_curve(out, "d64-vf", 5)
+        claims.run_row(out, row, 5, options, curve=row == "d64-vf")
     yield out, options
     patch.undo()
 
@@ -207,7 +206,7 @@ def test_a_signal_stops_the_rows_that_run_and_starts_no_other(number, processes,
 def test_each_flag_runs_its_rows(flags, rows, monkeypatch, tmp_path):
     asked, words = [], ["--seed", "5", "--out", str(tmp_path)]
     monkeypatch.setattr(claims, "run_rows", lambda out, jobs, at_once, options: asked.append((jobs, options)))
-    for name in ("picture", "score_curve", "report"):
+    for name in ("picture", "report"):
         monkeypatch.setattr(claims, name, lambda *_: None)
     monkeypatch.setattr(sys, "argv", ["claims", *flags, *words])
     claims.main()

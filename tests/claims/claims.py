@@ -118,8 +118,8 @@ def tokenizer_flags(row, options):
     return [word.format(d=d, **options) for word in f"{TOKENIZER} {vf}".split()]
 
 
-def run_row(out, row, seed, options):
-    """Tokenizer, LightningDiT, samples and scores of one row. What is finished is kept; the training
+def run_row(out, row, seed, options, curve=False):
+    """Tokenizer, LightningDiT, samples and scores of one row, and its curve. What is finished is kept; the training
     scripts refuse to resume what was made with other flags. Afterwards row.json tells the commit, and the
     seconds if the row was made in one go."""
     began, home = time.time(), Path(out) / row / f"seed{seed}"
@@ -134,13 +134,9 @@ def run_row(out, row, seed, options):
     if not (home / "row.json").exists():
         facts = {"commit": commit(), "seconds": None if resumed else time.time() - began}
         (home / "row.json").write_text(json.dumps(facts))
-
-
-def score_curve(out, row, seed):
-    """C3: the row's LightningDiT as it was every EVERY steps, sampled and scored in folders stepN."""
-    home = Path(out) / row / f"seed{seed}"
-    for step in range(EVERY, DIT_STEPS, EVERY):
-        score(out, home / f"dit-{step}.pt", home / "vae.pt", seed, home / f"step{step}")
+    if curve and row in CURVES:  # C3: LightningDiT as it was every EVERY steps, in folders stepN
+        for step in range(EVERY, DIT_STEPS, EVERY):
+            score(out, home / f"dit-{step}.pt", vae, seed, home / f"step{step}")
 
 
 def score(out, dit, vae, seed, home):
@@ -538,6 +534,7 @@ def main():
     work.add_argument("--row", choices=ROWS, help="one row of the first --seed, in this process")
     work.add_argument("--report", action="store_true", help="tables of the finished runs in OUT")
     work.add_argument("--table", nargs="+", metavar="RUN", help="run folders beside the paper's numbers")
+    parser.add_argument("--curve", action="store_true", help="with --row: also score it during training (C3)")
     parser.add_argument("--seed", type=int, nargs="+", help="default: 0; of the study 0 1 2")
     parser.add_argument("--data", default="shapes", help="images, as in train_vae.py (default: shapes)")
     parser.add_argument("--other", default="", help="images of d64-other's F (default: no such row)")
@@ -554,7 +551,7 @@ def main():
     elif a.report:
         report(a.out)
     elif a.row:
-        run_row(a.out, a.row, seeds[0], options)
+        run_row(a.out, a.row, seeds[0], options, a.curve)
     elif a.show:
         run_rows(a.out, [(row, seeds[0]) for row in FOUR], a.jobs, flags)
         picture(a.out, seeds[0])
@@ -562,8 +559,5 @@ def main():
         rows = [row for row in ROWS if row.endswith(("-none", "-vf"))]
         if a.vf == "mini":  # the two controls are about what a classifier has learned
             rows += ["d64-untrained", "d64-other"] if a.other else ["d64-untrained"]
-        run_rows(a.out, [(row, seed) for seed in seeds for row in rows], a.jobs, flags)
-        for row in CURVES:
-            for seed in seeds:
-                score_curve(a.out, row, seed)
+        run_rows(a.out, [(row, seed) for seed in seeds for row in rows], a.jobs, [*flags, "--curve"])
         report(a.out)
