@@ -120,8 +120,8 @@ def tokenizer_flags(row, options):
 
 def run_row(out, row, seed, options, curve=False):
     """Tokenizer, LightningDiT, samples and scores of one row, and its curve. What is finished is kept; the
-    training scripts refuse to resume what was made with other flags. Afterwards row.json tells the commit, and the
-    seconds if the row was made in one go."""
+    training scripts refuse to resume what was made with other flags. Afterwards row.json tells the commit,
+    and the seconds if the row was made in one go."""
     began, home = time.time(), Path(out) / row / f"seed{seed}"
     vae = home / "vae.pt"
     resumed = vae.exists()
