@@ -240,7 +240,9 @@ def test_report(study, capsys):
     assert f"| {vf:.3g} |" in line and f"| {100 * (vf / none - 1):+.0f} % |" in line
     curve = claims.curve(out, "d64-vf", 5)
     assert [step for step, _ in curve] == [2, 4] and curve[1][1] == vf
-    assert f"| d64-vf | 5 | {curve[0][1]:.3f}, {curve[1][1]:.3f} |" in text
+    shares = claims.curve(out, "d64-vf", 5, "class accuracy")
+    assert (f"| d64-vf | 5 | {curve[0][1]:.3f}, {curve[1][1]:.3f} | {shares[0][1]:.3f}, {shares[1][1]:.3f} |"
+            in text)
     with pytest.raises(SystemExit, match="holds no runs"):
         claims.report(out / "nothing")
 

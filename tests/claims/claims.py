@@ -274,10 +274,10 @@ def get(out, row, measure):
     return {seed: values[seed] for seed in sorted(values) if values[seed] is not None}
 
 
-def curve(out, row, seed):
-    """[(step of LightningDiT, mini-FID)] of one run, in the order of the steps."""
+def curve(out, row, seed, measure="mini-FID"):
+    """[(step of LightningDiT, a measure of its samples)] of one run, in the order of the steps."""
     home, points = Path(out) / row / f"seed{seed}", []
-    _, *keys = MEASURES["mini-FID"]
+    _, *keys = MEASURES[measure]
     for step in range(EVERY, DIT_STEPS + 1, EVERY):
         value = read((home if step == DIT_STEPS else home / f"step{step}") / "scores.json", keys)
         points += [] if value is None else [(step, value)]
@@ -333,7 +333,7 @@ def report(out):
         table.append([row, *columns, changed])
     print("### C1, C2 and C6: the latent's width, VF loss, controls, uniformity [Tables 2 and 6]\n")
     print(markdown(f"row | {' | '.join(MEASURES)} | mini-FID: change by VF loss", table))
-    print("± is the standard deviation over seeds.\n")
+    print("± is the standard deviation over seeds, a change the geometric mean of the seeds' in brackets.\n")
 
     table = []
     for row in rows:
@@ -352,11 +352,12 @@ def report(out):
             if len(points) < DIT_STEPS // EVERY:  # --show makes no curves
                 continue
             step = reached(points, plain[seed]) if seed in plain else np.nan
-            table.append([row, seed, ", ".join(f"{value:.3f}" for _, value in points),
+            shares = curve(out, row, seed, "class accuracy")
+            table.append([row, seed, *(", ".join(f"{value:.3f}" for _, value in p) for p in (points, shares)),
                           "never" if step is None else f"{step:.0f}"])
     if table:
-        print(f"### C3: convergence, mini-FID every {EVERY} steps [Fig. 4a, b]\n")
-        head = f"row | seed | mini-FID | step at which it reaches the last value of {CURVES[0]}"
+        print(f"### C3: convergence, scores every {EVERY} steps [Fig. 4a, b]\n")
+        head = f"row | seed | mini-FID | class accuracy | step at which mini-FID is {CURVES[0]}'s last"
         print(markdown(head, table))
 
 
