@@ -231,6 +231,10 @@ def test_what_the_worker_gets_holds_no_answer():
         assert not [n for n in names if n.startswith("slow")] and "close" in names
 
 
+def test_a_forbidden_function_is_flagged():
+    assert worker.suspicious([ast.parse("scipy.linalg.sqrtm(a @ b)")]) == ["sqrtm"]
+
+
 HOSTILE = {
     "a loop without end": "while True:\n    pass",
     "sys.exit": "import sys\nsys.exit(0)",
@@ -273,6 +277,7 @@ def test_a_check_that_breaks_is_the_graders_fault(grader, monkeypatch):
     """It is reported beside the mark."""
     import checks
     import judge
+    assert EXERCISES["psnr"].checks    # loads the set
     monkeypatch.setitem(checks.CHECKS, "psnr", [("worked example", True, lambda: nothing)] * 2)  # noqa: F821
     verdict = judge.compare("psnr", 5, 0, 1.0)
     assert verdict.startswith("the grader failed in this check (NameError")
@@ -431,6 +436,7 @@ def handouts(tmp_path_factory):
 
 def test_handouts_hold_no_solution_of_their_set_or_a_later_one(handouts):
     ours = {file: ast.parse((ROOT / file).read_text()) for file in SCRIPTS}
+    assert all(words in (ROOT / "tests" / "DEVIATIONS.md").read_text() for words in handout.TELLING)
     for s in SETS:
         given = {file: ast.parse((handouts / str(s) / file).read_text()) for file in SCRIPTS}
         for e in EXERCISES.values():
@@ -440,6 +446,8 @@ def test_handouts_hold_no_solution_of_their_set_or_a_later_one(handouts):
                 assert worker.is_stub(node) == (e.set >= s), (s, name)
                 short, whole = (" ".join((ast.get_docstring(n) or "").split()) for n in (node, reference))
                 assert whole == short if e.set < s else whole.startswith(short)
+        deviations = (handouts / str(s) / "DEVIATIONS.md").read_text()
+        assert not [words for words in handout.TELLING if words in deviations]
         text = (handouts / str(s) / "ASSIGNMENT.md").read_text()
         for line in (HERE / "answers.md").read_text().splitlines():
             assert len(line) < 60 or line.startswith("**Q") or line not in text

@@ -212,8 +212,8 @@ def picture(out, seed):
         title = f"d = {ROWS[row][0]}, {'without' if row.endswith('none') else 'with'} VF loss: samples"
         lines = [
             (title, [samples[:columns], samples[columns:]]),
-            ("class accuracy {class accuracy:.1%}, mini-FID {mini-FID:.2f}, precision {mini-precision:.2f}"
-             .format(**values["samples"]), []),
+            ("class accuracy {class accuracy:.1%}, mini-FID {mini-FID:.2f}, "
+             "mini-precision {mini-precision:.2f}".format(**values["samples"]), []),
             ("test images and their reconstructions: mini-rFID {mini-rFID:.4f}, {PSNR:.1f} dB"
              .format(**values["tokenizer"]), [originals, reconstructions])]
         for words, grids in lines:

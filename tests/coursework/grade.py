@@ -287,7 +287,10 @@ def write_csv(path, results):
         table = csv.writer(file)
         table.writerow(["submission", "total", "possible", *(m.exercise.key for m in marks), "look"])
         for folder, marks in results.items():
-            failed = [m for m in marks if not m.score and "not attempted" not in m.reason]
-            found = [(m, ", ".join([*m.look, *([m.reason] if m in failed else [])])) for m in marks]
-            look = "; ".join(f"{m.exercise.key}: {words}" for m, words in found if words)
-            table.writerow([Path(folder).resolve().name, *totals(marks), *(m.score for m in marks), look])
+            look = []
+            for m in marks:
+                failed = not m.score and "not attempted" not in m.reason
+                words = m.look + [m.reason] * failed
+                look += [f"{m.exercise.key}: {', '.join(words)}"] if words else []
+            table.writerow([Path(folder).resolve().name, *totals(marks), *(m.score for m in marks),
+                            "; ".join(look)])

@@ -143,7 +143,7 @@ def assignment(number):
     points = sum(e.total for e in chosen) + sum(n for _, n in asked) + RUN_POINTS
     hours = (sum(e.minutes for e in chosen) + 5 * sum(n for _, n in asked)) / 60
     earlier = ", ".join(f"{s} ({NAMES[s]})" for s in SETS if s < number)
-    given = f"Solved and given are the functions of sets {earlier}. " * bool(earlier)
+    given = f"Solved and given are the functions of the earlier sets: {earlier}. " * bool(earlier)
     given += "The functions of later sets are empty, too, and nothing here needs them." * (number != SETS[-1])
     files = ", ".join(f"`{file}`" for file in SCRIPTS if any(e.file == file for e in chosen))
     table = ["| | key | tier | function | read | points | minutes |", "|---|---|---|---|---|---|---|"]

@@ -245,8 +245,8 @@ def child(job, pipe, folder):
         os.closerange(3, pipe)
         os.closerange(pipe + 1, 1024)
         limits(job["timeout"])
-        with open("/proc/self/oom_score_adj", "w") as file:    # if memory runs out, this process ends first
-            file.write("1000")
+        with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+            file.write("1000")    # if memory runs out, this process ends first, where the system allows it
         write, dumps = os.write, json.dumps
 
         def send(message):
